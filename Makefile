@@ -1,0 +1,37 @@
+# mmsr: `make demo` runs the main job, `make test` the tests; both set themselves up in .venv.
+PYTHON ?= python3
+CORES  ?= 2
+BIN    := .venv/bin
+
+.PHONY: help setup demo test lint check clean lab
+
+help:            ## list the targets
+	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+setup: .venv/.ready ## create .venv with everything that the targets need
+
+# --prefer-binary: no compiler is asked for. The pinned torch takes a CPU build where pip is configured to find one.
+.venv/.ready: settings.ini setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "mmsr needs Python 3.11 or later; say which with: make PYTHON=/path/to/python3"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --prefer-binary -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup      ## phantom -> training with and without the MMSR loss -> report (about 5 minutes on 2 cores)
+	$(BIN)/mmsr demo --cores $(CORES)
+
+test: setup      ## every notebook and test, with the coverage of the package
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=90
+
+lint: setup      ## style and types
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+check: setup     ## is the package in step with the notebooks, and are the notebooks clean?
+	$(BIN)/nbdev_export && $(BIN)/nbdev_clean && git diff --exit-code --stat -- mmsr nbs
+
+lab: setup       ## open the notebooks
+	$(BIN)/jupyter lab nbs
+
+clean:           ## remove what runs and builds left; keeps .venv
+	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage .snakemake

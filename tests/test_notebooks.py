@@ -1,0 +1,49 @@
+"""Each notebook is one test, and its exported cells count for the coverage of the module they make."""
+
+import ast
+import re
+import sys
+import types
+from pathlib import Path
+
+import matplotlib as mpl
+import nbformat
+import pytest
+from IPython.display import display
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb") if not p.name.startswith("_"))
+SKIPPED = re.compile(r"^#\| *(slow|cuda|eval: *false)", re.MULTILINE)
+IS_CODE = re.compile(r"^(?!#\||\s*$)")
+
+
+def exported_lines() -> dict[tuple[str, str], tuple[str, int]]:
+    """Map (notebook name, cell id) to the file and line where the cell's code was exported."""
+    places = {}
+    for module in (ROOT / "mmsr").glob("*.py"):
+        for number, line in enumerate(module.read_text(encoding="utf8").splitlines(), 1):
+            if match := re.fullmatch(r"# %% \S*?([^/\s]+\.ipynb) #(\w+)", line):
+                places[match[1], match[2]] = (str(module), number + 1)
+    return places
+
+
+EXPORTED = exported_lines()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mpl.use("agg")
+    monkeypatch.chdir(path.parent)
+    module = types.ModuleType(f"notebook_{path.stem}")
+    module.__dict__["display"] = display
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # pydantic looks annotations up there
+    for number, cell in enumerate(nbformat.read(path, 4).cells):
+        source = cell.source
+        if cell.cell_type != "code" or SKIPPED.search(source) or "nbdev_export()" in source:
+            continue
+        file, line = f"{path.name}, cell {number}", 1
+        if place := EXPORTED.get((path.name, cell.id)):
+            lines = source.splitlines()
+            file, line = place[0], place[1] - next(i for i, s in enumerate(lines) if IS_CODE.match(s))
+        tree = ast.increment_lineno(ast.parse(source), line - 1)
+        exec(compile(tree, file, "exec"), module.__dict__)
