@@ -15,9 +15,10 @@ lib = cfg["lib_name"]
 
 
 class BuildWithExperiments(build_py):
-    """Put the experiments and the workflow into the wheel, so that `mmsr demo` runs without a checkout."""
+    """Put the experiments and the workflow into the wheel: `mmsr demo` needs no checkout."""
 
     def run(self) -> None:
+        """Build as always, then copy the two folders."""
         super().run()
         if self.editable_mode:
             return

@@ -1,4 +1,4 @@
-"""Each notebook is one test, and its exported cells count for the coverage of the module they make."""
+"""Each notebook is one test; its exported cells count for the coverage of their module."""
 
 import ast
 import re
@@ -44,6 +44,7 @@ def test_notebook(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         file, line = f"{path.name}, cell {number}", 1
         if place := EXPORTED.get((path.name, cell.id)):
             lines = source.splitlines()
-            file, line = place[0], place[1] - next(i for i, s in enumerate(lines) if IS_CODE.match(s))
+            first = next(i for i, text in enumerate(lines) if IS_CODE.match(text))
+            file, line = place[0], place[1] - first
         tree = ast.increment_lineno(ast.parse(source), line - 1)
         exec(compile(tree, file, "exec"), module.__dict__)

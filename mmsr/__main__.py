@@ -1,0 +1,5 @@
+"""`python -m mmsr` is the command line."""
+
+from mmsr.cli import main
+
+main()
