@@ -70,7 +70,7 @@ def _cell(value: Any) -> str:
     if value is None or (isinstance(value, float) and value != value):
         return "<td class='number'>–</td>"
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        text = f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+        text = f"{value:,}" if isinstance(value, int) else f"{value:.3g}".replace("inf", "∞")
         return f"<td class='number'>{text.replace('-', '−')}</td>"
     return f"<td>{html.escape(str(value))}</td>"
 
