@@ -29,9 +29,13 @@ from .volume import WRITABLE, read_volume, write_volume
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
-    rich_markup_mode="markdown",
     help="Unpaired 8x super-resolution of clinical lung CT towards micro-CT. " + RESEARCH_ONLY,
 )
+
+
+@app.callback()
+def _commands() -> None:  # makes typer expect a command's name, however few there are
+    pass
 
 
 def parse_slices(text: str | None) -> tuple[int, int] | None:
@@ -143,7 +147,7 @@ def super_resolve(
     typer.echo(f"{out}: {x} x {y} x {z} voxels of {dx:.4f} x {dy:.4f} x {dz:.4f} mm, int16 HU")
     typer.echo(f"{picture}: a picture of the middle slice")
     deviation = float(result.consistency.array.mean())
-    typer.echo(f"block means leave the input by {deviation:.1f} HU on average (f(SR) - input)")
+    typer.echo(f"block means leave the input by {deviation:.1f} HU on average")
     typer.echo(f"weights: {record.method}, {record.data.split(':')[0]}. {record.notice}")
 
 # %% ../nbs/60_cli.ipynb #f8a9b364

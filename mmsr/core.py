@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RESEARCH_ONLY', 'MMSRError', 'ShapeError', 'RangeError', 'GeometryError', 'FileError', 'SettingsError',
            'ResourceError', 'seeded', 'atomic_write', 'write_json', 'read_json', 'fingerprint', 'Settings',
-           'environment', 'available_memory', 'show_patches', 'add_scale_bar']
+           'environment', 'available_memory', 'progress_bar', 'show_patches', 'add_scale_bar']
 
 # %% ../nbs/00_core.ipynb #2e70cbc5
 import difflib
@@ -299,6 +299,37 @@ def available_memory() -> int:
     import psutil  # only here: bare GPU images may lack it
 
     return psutil.virtual_memory().available
+
+# %% ../nbs/00_core.ipynb #9b9c7245
+def progress_bar(total: int, label: str, *, unit: str, initial: int = 0, shown: bool = True) -> Any:
+    """Make a progress bar with rate and time left.
+
+    Parameters
+    ----------
+    total : int
+        Units of the whole job.
+    label : str
+        What is being done.
+    unit : str
+        Name of one unit.
+    initial : int
+        Units done by an earlier call.
+    shown : bool
+        False makes a bar that shows nothing.
+
+    Returns
+    -------
+    tqdm.tqdm
+        Call `update` after each unit, and `close`; or use it in a `with` block.
+    """
+    if os.environ.get("MMSR_PROGRESS") == "text":
+        from tqdm import tqdm
+    else:
+        from tqdm.auto import tqdm
+    interval = 0.2 if sys.stderr.isatty() else 5.0  # a log file is no screen
+    return tqdm(
+        total=total, initial=initial, desc=label, unit=unit, disable=not shown, mininterval=interval
+    )
 
 # %% ../nbs/00_core.ipynb #11891381
 def show_patches(

@@ -607,6 +607,7 @@ def run_experiment(name: str, output: str | Path, values: Mapping[str, Any]) -> 
     output.parent.mkdir(parents=True, exist_ok=True)
     running = output.with_name(f"{output.stem}.running.ipynb")
     terminal = os.fdopen(os.dup(2), "w")
+    os.environ["MMSR_PROGRESS"] = "text"  # for the kernel: its bars are to reach the terminal
     try:
         with open(running.with_suffix(".log"), "w") as log, _stderr_into(log):
             papermill.execute_notebook(
@@ -645,6 +646,6 @@ def _stderr_into(log: Any) -> Iterator[None]:
         os.close(kept)
 
 
-def _subclasses(cls: type) -> list[type]:
+def _subclasses(cls: type[MMSRError]) -> list[type[MMSRError]]:
     """List a class and all classes below it."""
-    return [cls, *(c for sub in cls.__subclasses__() for c in _subclasses(sub))]
+    return [cls, *(c for below in cls.__subclasses__() for c in _subclasses(below))]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['psnr', 'ssim', 'enlarge_nearest', 'correlation', 'moment_matched', 'band_split', 'Spectrum', 'spectrum',
-           'spectrum_error_db', 'SliceMeasures', 'Regions', 'regions', 'measure_slice', 'mean_measures']
+           'spectrum_error_db', 'grid_db', 'SliceMeasures', 'Regions', 'regions', 'measure_slice', 'mean_measures']
 
 # %% ../nbs/41_metrics.ipynb #cd9cc3f3
 from collections.abc import Mapping, Sequence
@@ -218,14 +218,22 @@ def spectrum(image: np.ndarray, *, patch: int = 64, mask: np.ndarray | None = No
     RangeError
         If no patch lies in the mask.
     """
+    power, count = _power(image, patch, mask)
+    frequency = np.fft.fftfreq(patch)
+    ring = np.rint(np.hypot(frequency[:, None], frequency) * patch).astype(int).ravel()
+    keep = patch // 2 + 1
+    mean = (np.bincount(ring, power.ravel()) / np.bincount(ring))[:keep]
+    return Spectrum(np.arange(keep) / patch, mean, count)
+
+
+def _power(image: np.ndarray, patch: int, mask: np.ndarray | None) -> tuple[np.ndarray, int]:
+    """Average the power of the patches at each frequency of `fft2`; count the patches."""
     image = np.asarray(image, np.float64)
     if image.ndim != 2 or min(image.shape) < patch:
         raise ShapeError(f"image: expected at least {patch} by {patch} pixels, got {image.shape}")
     hann = np.hanning(patch + 1)[:-1]
     taper = np.outer(hann, hann)
-    frequency = np.fft.fftfreq(patch)
-    ring = np.rint(np.hypot(frequency[:, None], frequency) * patch).astype(int).ravel()
-    total, count = np.zeros(ring.max() + 1), 0
+    total, count = np.zeros((patch, patch)), 0
     for top in range(0, image.shape[0] - patch + 1, patch // 2):  # a row at a time: little memory
         starts = range(0, image.shape[1] - patch + 1, patch // 2)
         row = [(slice(top, top + patch), slice(left, left + patch)) for left in starts]
@@ -233,16 +241,13 @@ def spectrum(image: np.ndarray, *, patch: int = 64, mask: np.ndarray | None = No
         if row:
             cut = np.stack([image[place] for place in row])
             cut = (cut - cut.mean((1, 2), keepdims=True)) * taper
-            power = (np.abs(np.fft.fft2(cut)) ** 2).sum(0).ravel()
-            total += np.bincount(ring, power)
+            total += (np.abs(np.fft.fft2(cut)) ** 2).sum(0)
             count += len(row)
     if not count:
         raise RangeError(
             f"mask: no patch of {patch} by {patch} pixels lies in it; enlarge the mask or pass none"
         )
-    keep = patch // 2 + 1
-    mean = total[:keep] / np.bincount(ring)[:keep] / count / (taper**2).sum()
-    return Spectrum(np.arange(keep) / patch, mean, count)
+    return total / count / (taper**2).sum(), count
 
 
 def spectrum_error_db(
@@ -278,6 +283,39 @@ def spectrum_error_db(
     gap = 10 * np.log10((ours.power + rounding) / (theirs + rounding))
     return float(np.abs(gap[ours.frequency >= 1 / (2 * scale)]).mean())
 
+# %% ../nbs/41_metrics.ipynb #a1e6ad66
+def grid_db(
+    image: np.ndarray, *, scale: int = 8, patch: int = 64, mask: np.ndarray | None = None
+) -> float:
+    """Measure the pattern that repeats at every clinical pixel (checkerboard).
+
+    Parameters
+    ----------
+    image : ndarray, shape (h, w)
+        On the SR grid.
+    scale : int
+        Linear ratio of the two grids: the period looked for.
+    patch : int
+        Side of a patch, see `spectrum`; a multiple of `scale`.
+    mask : ndarray of bool, shape (h, w), optional
+        Where to look.
+
+    Returns
+    -------
+    float
+        Mean over the lattice of the peak's power over that of its neighbourhood, dB.
+    """
+    power = np.fft.fftshift(_power(image, patch, mask)[0]) + 1 / 12  # of rounding, as above
+    half = patch // (2 * scale)
+    places = [patch // 2 + patch // scale * k for k in range(1 - half, half)]
+    excess = [
+        power[v - 1 : v + 2, u - 1 : u + 2].mean() / np.median(power[v - 3 : v + 4, u - 3 : u + 4])
+        for v in places
+        for u in places
+        if (v, u) != (patch // 2, patch // 2)
+    ]
+    return float(10 * np.log10(excess).mean())
+
 # %% ../nbs/41_metrics.ipynb #1c8305ca
 class SliceMeasures(NamedTuple):
     """How one SR slice compares with its input and, where known, the truth."""
@@ -291,6 +329,7 @@ class SliceMeasures(NamedTuple):
     corr_detail: float  # fine part of SR against the true fine part, in the lung
     psnr_matched: float  # dB, after matching mean and sd, in the lung
     spectrum_error_db: float  # texture above the clinical Nyquist frequency
+    grid_db: float  # pattern that repeats at every clinical pixel, in the lung; 0: none
     psnr: float  # dB, whole slice
     ssim: float  # whole slice
     data_range: float  # HU, of psnr, psnr_matched and ssim
@@ -387,6 +426,7 @@ def measure_slice(
         "corr_clinical": correlation(means, clinical_hu, where.lung_clinical),
         "corr_parenchyma": correlation(means, clinical_hu, where.parenchyma),
         "hu_error": float(error.mean()) if error.size else float("nan"),
+        "grid_db": grid_db(sr_hu, scale=scale, mask=where.lung),
     }
     if truth_hu is not None:
         _same_shape(sr_hu, truth_hu, data_range)

@@ -14,7 +14,6 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from mmsr.core import (
     RESEARCH_ONLY,
@@ -23,6 +22,7 @@ from mmsr.core import (
     SettingsError,
     ShapeError,
     available_memory,
+    progress_bar,
 )
 from .generators import GeneratorRecord, SRGenerator
 from .preprocess import Window
@@ -303,21 +303,23 @@ def super_resolve(
     out = np.empty((slices, height * scale, width * scale), np.int16)
     apart = np.empty(volume.array.shape, np.float32) if consistency else None
     clipped = limited = 0
-    for z in tqdm(range(slices), desc="super-resolving", unit="slice", disable=not progress):
-        hu = np.asarray(volume.array[z], np.float32)
-        weight = None
-        if mask is not None:
-            weight = blend_weight(mask[z].astype(bool), volume.spacing_mm[1:], blend_mm)
-        sr = _slice_hu(g1, hu, window, weight, tile, device, z)
-        clipped += int(((hu < window.low) | (hu > window.high)).sum())
-        np.rint(sr, out=sr)
-        limits = np.iinfo(np.int16)
-        if sr.min() < limits.min or sr.max() > limits.max:
-            limited += int(((sr < limits.min) | (sr > limits.max)).sum())
-            np.clip(sr, limits.min, limits.max, out=sr)
-        out[z] = sr
-        if apart is not None:
-            np.abs(block_mean(out[z], scale) - hu, out=apart[z])
+    with progress_bar(slices, "super-resolving", unit="slice", shown=progress) as bar:
+        for z in range(slices):
+            hu = np.asarray(volume.array[z], np.float32)
+            weight = None
+            if mask is not None:
+                weight = blend_weight(mask[z].astype(bool), volume.spacing_mm[1:], blend_mm)
+            sr = _slice_hu(g1, hu, window, weight, tile, device, z)
+            clipped += int(((hu < window.low) | (hu > window.high)).sum())
+            np.rint(sr, out=sr)
+            limits = np.iinfo(np.int16)
+            if sr.min() < limits.min or sr.max() > limits.max:
+                limited += int(((sr < limits.min) | (sr > limits.max)).sum())
+                np.clip(sr, limits.min, limits.max, out=sr)
+            out[z] = sr
+            if apart is not None:
+                np.abs(block_mean(out[z], scale) - hu, out=apart[z])
+            bar.update()
     notes = (*volume.notes, f"super-resolved {scale}x in plane. {RESEARCH_ONLY}")
     enlarged = volume._replace(array=out, spacing_mm=spacing_mm, origin_mm=origin_mm, notes=notes)
     map_hu = None if apart is None else volume._replace(array=apart)
