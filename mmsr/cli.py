@@ -6,6 +6,7 @@
 __all__ = ['app', 'parse_slices', 'suffix_of', 'super_resolve', 'run', 'snakemake_command', 'plan', 'demo', 'version', 'main']
 
 # %% ../nbs/60_cli.ipynb #c7f3b2d3
+import contextlib
 import json
 import re
 import subprocess
@@ -17,7 +18,13 @@ import typer
 import yaml
 
 from .core import RESEARCH_ONLY, FileError, MMSRError, SettingsError, atomic_write, environment
-from .experiments import experiments_folder, find_weights, run_experiment
+from mmsr.experiments import (
+    check_plan,
+    experiments_folder,
+    find_weights,
+    make_folder,
+    run_experiment,
+)
 from .figures import overview
 from .generators import load_generator
 from .preprocess import lung_mask, read_mask
@@ -84,7 +91,7 @@ def suffix_of(out: Path) -> str:
         If the suffix is not one that can be written, or the folder is missing.
     """
     suffix = max((s for s in WRITABLE if out.name.lower().endswith(s)), key=len, default="")
-    if not suffix:
+    if not suffix or out.name.lower() == suffix:
         raise FileError(f"{out}: expected a name that ends in {', '.join(WRITABLE)}")
     if not out.parent.is_dir():
         raise FileError(f"{out}: its folder does not exist; create {out.parent} first")
@@ -121,9 +128,15 @@ def super_resolve(
     picture = out.with_name(out.name[: -len(suffix_of(out))] + ".png")
     if consistency is not None:
         suffix_of(consistency)
-    for target in filter(None, (out, picture, consistency)):
+    targets = [target for target in (out, picture, consistency) if target is not None]
+    for target in targets:
         if target.exists() and not overwrite:
             raise FileError(f"{target}: exists already; add --overwrite to replace it")
+    inputs = [path.resolve() for path in (scan, mask) if path is not None]
+    places = [target.resolve() for target in targets]
+    for target, where in zip(targets, places, strict=True):
+        if where in inputs or places.count(where) > 1:
+            raise FileError(f"{target}: stands for two files; give each a name of its own")
     wanted = parse_slices(slices)
     g1, record = load_generator(find_weights(weights))
     volume = read_volume(scan, slices=wanted, force=force)
@@ -138,11 +151,12 @@ def super_resolve(
         volume, g1, record, mask=inside, tile=tile or "auto", device=choose_device(device)
     )
     assert result.consistency is not None
-    write_volume(out, result.volume)
-    if consistency is not None:
-        write_volume(consistency, result.consistency)
-    with atomic_write(picture) as temporary:
-        overview(volume, result).savefig(temporary, format="png")
+    with contextlib.ExitStack() as stack:  # all of them, or none
+        place = {target: stack.enter_context(atomic_write(target)) for target in targets}
+        overview(volume, result).savefig(place[picture], format="png")
+        write_volume(place[out], result.volume)
+        if consistency is not None:
+            write_volume(place[consistency], result.consistency)
     (z, y, x), (dz, dy, dx) = result.volume.array.shape, result.volume.spacing_mm
     typer.echo(f"{out}: {x} x {y} x {z} voxels of {dx:.4f} x {dy:.4f} x {dz:.4f} mm, int16 HU")
     typer.echo(f"{picture}: a picture of the middle slice")
@@ -221,7 +235,11 @@ def plan(
     """Carry out a plan: prepare, train, super-resolve, evaluate; only what is not up to date."""
     if not file.is_file():
         raise FileError(f"{file}: no such plan; see workflow/plans for examples")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        check_plan(yaml.safe_load(file.read_text(encoding="utf8")))
+    except (SettingsError, yaml.YAMLError, OSError, UnicodeDecodeError) as e:
+        raise SettingsError(f"{file}: {e}") from None
+    make_folder(out)
     if subprocess.run(snakemake_command(file, out, cores), check=False).returncode:
         raise MMSRError(
             f"{out}: the plan was not finished; the reason stands above, run again to go on"
@@ -265,6 +283,8 @@ def main(arguments: list[str] | None = None) -> None:
         if not hasattr(e, "format_message"):  # what typer raises for wrong names and values
             raise
         sys.exit(_say(f"{e.format_message()} See mmsr --help.", 2))
+    if code == 130:  # what typer makes of Ctrl-C
+        sys.exit(_say("stopped; run the same command again to go on", 130))
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -6,7 +6,7 @@
 __all__ = ['parameters', 'PrepareSettings', 'TrainSettings', 'SuperResolveSettings', 'EvaluateSettings', 'Case', 'clinical_cases',
            'micro_cases', 'save_case', 'open_case', 'prepared_cases', 'find_weights', 'make_room',
            'cases_to_super_resolve', 'Model', 'open_models', 'columns_of', 'measure_case', 'describe_models', 'finite',
-           'experiments_folder', 'run_experiment']
+           'make_folder', 'check_plan', 'experiments_folder', 'run_experiment']
 
 # %% ../nbs/55_experiments.ipynb #99a00e44
 import contextlib
@@ -26,6 +26,7 @@ from mmsr.core import (
     FileError,
     GeometryError,
     MMSRError,
+    ResourceError,
     Settings,
     SettingsError,
     ShapeError,
@@ -37,6 +38,7 @@ from mmsr.core import (
 from .metrics import SliceMeasures, enlarge_nearest, measure_slice
 from .phantom import clinical_case, micro_case
 from .preprocess import CLINICAL_WINDOW, lung_mask, specimen_mask
+from .sr_cyclegan import SRCycleGANSettings
 from .super_resolve import enlarge_bicubic
 from .volume import Volume, read_volume, sr_geometry, write_volume
 
@@ -552,6 +554,66 @@ def finite(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 # %% ../nbs/55_experiments.ipynb #85460523
+def make_folder(folder: str | Path) -> None:
+    """Make a folder for results, and those above it.
+
+    Parameters
+    ----------
+    folder : str or Path
+        What to make; it may be there already.
+
+    Raises
+    ------
+    FileError
+        If it cannot be made.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise FileError(f"{folder}: the folder cannot be made ({e.strerror or e})") from e
+
+
+def check_plan(plan: Any) -> None:
+    """Check all names and values of a plan before anything is run or removed.
+
+    Parameters
+    ----------
+    plan : Any
+        What the YAML file holds.
+
+    Raises
+    ------
+    SettingsError
+        In one line, with the section and the name.
+    """
+    names = ("prepare", "train", "weights", "super_resolve", "evaluate", "retries")
+    if not isinstance(plan, Mapping) or not isinstance(plan.get("train"), Mapping):
+        raise SettingsError("expected the sections prepare and train, each with names and values")
+    if unknown := [name for name in plan if name not in names]:
+        raise SettingsError(f"{unknown[0]}: unknown section; known are {', '.join(names)}")
+    sections: list[tuple[str, type[Settings], Any, dict[str, Any]]] = [
+        ("prepare", PrepareSettings, plan.get("prepare"), {"out": ""}),
+        (
+            "super_resolve",
+            SuperResolveSettings,
+            plan.get("super_resolve", {}),
+            {"out": "", "prepared": ""},
+        ),
+        ("evaluate", EvaluateSettings, plan.get("evaluate", {}), {"prepared": "", "models": {}}),
+    ]
+    for model, values in plan["train"].items():
+        sections.append((f"train.{model}", TrainSettings, values, {"prepared": "", "run": ""}))
+        method = values.get("settings", {}) if isinstance(values, Mapping) else None
+        sections.append((f"train.{model}.settings", SRCycleGANSettings, method, {}))
+    for section, kind, values, own in sections:
+        if not isinstance(values, Mapping):
+            raise SettingsError(f"{section}: expected names and values, got {values!r}")
+        try:
+            kind.read({**own, **values})
+        except SettingsError as e:
+            raise SettingsError(f"{section}: {e}") from None
+
+
 def experiments_folder() -> Path:
     """Find the experiment notebooks: those of the checkout, or the copy inside the installed package.
 
@@ -590,6 +652,7 @@ def run_experiment(name: str, output: str | Path, values: Mapping[str, Any]) -> 
         Or failed for another reason; the text names the notebook that shows where.
     """
     import papermill
+    from nbclient.exceptions import DeadKernelError
 
     folder = experiments_folder()
     notebook = Path(name) if name.endswith(".ipynb") else folder / f"{name}.ipynb"
@@ -604,7 +667,7 @@ def run_experiment(name: str, output: str | Path, values: Mapping[str, Any]) -> 
             f"{unknown[0]}: unknown parameter of {notebook.stem}; known are {', '.join(known_names)}"
         )
     output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(output.parent)
     running = output.with_name(f"{output.stem}.running.ipynb")
     terminal = os.fdopen(os.dup(2), "w")
     os.environ["MMSR_PROGRESS"] = "text"  # for the kernel: its bars are to reach the terminal
@@ -619,6 +682,11 @@ def run_experiment(name: str, output: str | Path, values: Mapping[str, Any]) -> 
                 stdout_file=terminal,
                 stderr_file=terminal,
             )
+    except DeadKernelError:
+        raise ResourceError(
+            f"{notebook.stem}: its process was killed, most often for want of memory; "
+            "run again to go on, or give it less to do"
+        ) from None
     except papermill.PapermillExecutionError as e:
         family = {c.__name__: c for c in _subclasses(MMSRError)}
         if e.ename in family:

@@ -1,0 +1,354 @@
+"""The whole chain, through real Snakemake and papermill: stopped, changed, wrong; on real scans."""
+
+import copy
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from mmsr import cli
+from mmsr.core import MMSRError, SettingsError, read_json
+from mmsr.experiments import open_case, run_experiment
+from mmsr.generators import load_generator
+from mmsr.patches import open_bank
+from mmsr.training import read_history
+from mmsr.volume import read_volume
+
+REAL = os.environ.get("MMSR_REAL_DATA")
+TINY = Path(__file__).parent / "plans" / "tiny.yaml"
+MODELS = ("with-mmsr", "without-mmsr")
+SMALL_NETWORKS = {
+    "g1": {"channels": 8, "blocks": 1, "norm": "none"},
+    "g2": {"channels": 8, "blocks": 1},
+    "d_x": {"channels": 4, "layers": 1},
+    "d_y": {"channels": 4, "layers": 2},
+    "batch_size": 2,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Leave the other cores alone in child processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("MMSR_PROGRESS", "text")  # run_experiment sets it: put it back afterwards
+        yield
+
+
+def snakemake(plan: Path, out: Path) -> str:
+    """Carry out a plan in a process of its own; give what was printed to stderr."""
+    out.mkdir(exist_ok=True)
+    command = cli.snakemake_command(plan, out, 2)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    """Give the time of the last change of each file of a plan's folder."""
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file())
+    return {
+        str(p.relative_to(folder)): p.stat().st_mtime_ns
+        for p in files
+        if ".snakemake" not in p.parts
+    }
+
+
+def started(err: str) -> list[str]:
+    """List the places of the experiments that were started."""
+    return sorted(re.findall(r"^\[([^\]]*)\] \w+: started$", err, re.MULTILINE))
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the tiny plan, carried out once."""
+    out = tmp_path_factory.mktemp("chain") / "tiny"
+    err = snakemake(TINY, out)
+    assert len(started(err)) == 6
+    return out
+
+
+@pytest.fixture
+def own_chain(chain: Path, tmp_path: Path) -> Path:
+    """A copy of the folder that a test may change."""
+    return shutil.copytree(chain, tmp_path / "tiny")
+
+
+def test_report_holds_everything_in_one_page(chain: Path) -> None:
+    page = (chain / "report.html").read_text(encoding="utf8")
+    outside = re.findall(r"(?:src|href|action|url)\s*=?\s*[\"'(]\s*(?!data:)([^\"')]+)", page)
+    assert outside == []
+    assert "http:" not in page
+    assert "https:" not in page
+    assert "<script" not in page
+    assert page.count("src='data:image/png;base64,") >= 3  # the held-out case and two histories
+    assert all(f">{label}<" in page for label in (*MODELS, "bicubic", "truth"))
+    assert "Research only" in page
+    assert "phantom, held out" in page or "phantom" in page
+    assert str(chain) not in page
+    assert "nan" not in re.sub(r"base64,[^']*", "", page).lower().split()
+
+
+def test_metrics_are_finite(chain: Path) -> None:
+    metrics = json.loads((chain / "metrics.json").read_text())
+    rows = {row["method"]: row for row in metrics["rows"]}
+    assert list(rows) == ["nearest", "bicubic", *MODELS, "truth"]
+    for method, row in rows.items():
+        numbers = {name: value for name, value in row.items() if isinstance(value, float)}
+        assert len(numbers) >= 5, method
+        assert all(math.isfinite(value) for value in numbers.values())
+        lacking = {name for name, value in row.items() if value is None}
+        no_detail, no_error = {"corr_detail"}, {"psnr", "psnr_matched"}
+        allowed = {"nearest": no_detail, "truth": no_error}.get(method, set()) | {"tile"}
+        assert lacking <= allowed, (method, lacking)
+    assert rows["truth"]["ssim"] == pytest.approx(1)
+    assert rows["bicubic"]["psnr"] > rows["nearest"]["psnr"]
+    assert (metrics["cases"], metrics["slices"]) == (["patient-1"], 1)
+
+
+def test_trainings_differ_by_the_loss_only(chain: Path) -> None:
+    one, other = (read_json(chain / "train" / model / "config.json") for model in MODELS)
+    assert one["settings"]["mmsr"] != other["settings"]["mmsr"]
+    one["settings"]["mmsr"] = other["settings"]["mmsr"]
+    assert one == other
+    for model in MODELS:
+        g1, record = load_generator(chain / "train" / model / "weights.safetensors")
+        assert record.training["steps"] == 6
+        assert read_history(chain / "train" / model / "history.csv")["step"] == [2, 4, 6]
+        assert not g1.settings.skip
+        case = open_case(chain / "prepare" / "cases" / "patient-1")
+        sr = read_volume(chain / "super_resolve" / model / "patient-1.mha", modality="micro")
+        assert sr.array.shape == (1, 384, 384)
+        assert not case.seen
+
+
+def test_nothing_but_results_is_left(chain: Path) -> None:
+    names = set(stamps(chain))
+    assert not [name for name in names if ".running" in name or "/." in name or ".log" in name]
+    made = sorted(p.parent.name for p in chain.rglob("notebook.ipynb"))
+    assert made == sorted(["prepare", *MODELS, *MODELS, "evaluate"])
+
+
+def test_second_run_does_nothing(
+    chain: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = stamps(chain)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["plan", str(TINY), "--out", str(chain)])
+    said = capfd.readouterr()
+    assert stopped.value.code == 0
+    assert "started" not in said.err
+    assert str(chain / "report.html") in said.out
+    assert stamps(chain) == before
+
+
+def test_changed_training_reruns_what_depends_on_it(own_chain: Path, tmp_path: Path) -> None:
+    before = stamps(own_chain)
+    plan = yaml.safe_load(TINY.read_text())
+    plan["train"]["with-mmsr"]["settings"] = {**plan["train"]["with-mmsr"]["settings"], "steps": 4}
+    (tmp_path / "changed.yaml").write_text(yaml.safe_dump(plan))
+    err = snakemake(tmp_path / "changed.yaml", own_chain)
+    assert started(err) == ["evaluate", "super_resolve/with-mmsr", "train/with-mmsr"]
+    after = stamps(own_chain)
+    for name, when in before.items():
+        part = name.split("/")
+        if part[0] == "prepare" or "without-mmsr" in part:
+            assert after[name] == when, name
+    run = own_chain / "train" / "with-mmsr"
+    aside = run / "earlier-1"
+    assert read_json(aside / "config.json")["settings"]["steps"] == 6
+    assert read_history(aside / "history.csv")["step"] == [2, 4, 6]
+    assert (aside / "weights.safetensors").is_file()
+    assert list((aside / "checkpoints").glob("step-*.pt"))
+    assert read_history(run / "history.csv")["step"] == [2, 4]
+    assert load_generator(run / "weights.safetensors")[1].training["steps"] == 4
+    done = read_json(own_chain / "super_resolve" / "with-mmsr" / "done.json")
+    assert done["weights"]["training"]["steps"] == 4
+    assert after["report.html"] > before["report.html"]
+    assert after["metrics.json"] > before["metrics.json"]
+
+
+WRONG = {
+    "prepare": ({"prepare": {"patchsize": 4}}, "patchsize"),
+    "prepare, value": ({"prepare": {"size": 100}}, "size"),
+    "train": ({"train": {"with-mmsr": {"setings": {}}}}, "setings"),
+    "train, inside": ({"train": {"with-mmsr": {"settings": {"stepss": 4}}}}, "stepss"),
+    "train, deep inside": (
+        {"train": {"without-mmsr": {"settings": {"g1": {"chanels": 4}}}}},
+        "chan",
+    ),
+    "super_resolve": ({"super_resolve": {"tiles": 8}}, "tiles"),
+    "evaluate": ({"evaluate": {"titel": "x"}}, "titel"),
+    "section": ({"evalute": {"title": "x"}}, "evalute"),
+}
+
+
+def merge(into: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Put nested values into a copy of a plan."""
+    merged = copy.deepcopy(into)
+    for name, value in changes.items():
+        inner = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = merge(merged[name], value) if inner else value
+    return merged
+
+
+@pytest.mark.parametrize("where", WRONG)
+def test_wrong_parameter_in_a_plan(
+    chain: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], where: str
+) -> None:
+    changes, word = WRONG[where]
+    plan = tmp_path / "wrong.yaml"
+    plan.write_text(yaml.safe_dump(merge(yaml.safe_load(TINY.read_text()), changes)))
+    before = stamps(chain)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["plan", str(plan), "--out", str(chain)])
+    err = capfd.readouterr().err
+    assert stopped.value.code == 2
+    (line,) = [line for line in err.splitlines() if word in line]
+    assert line.startswith("mmsr: ")
+    assert "Traceback" not in err
+    assert started(err) == []
+    assert stamps(chain) == before
+
+
+def test_unknown_parameter_and_experiment(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="sizes: unknown parameter of prepare") as e:
+        run_experiment("prepare", tmp_path / "n.ipynb", {"sizes": 3})
+    assert "\n" not in str(e.value)
+    with pytest.raises(SettingsError, match="no such experiment; known are evaluate, prepare"):
+        run_experiment("nonesuch", tmp_path / "n.ipynb", {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refusal_inside_a_notebook_keeps_its_kind(chain: Path, tmp_path: Path) -> None:
+    values = {"prepared": str(tmp_path), "models": {}, "out": str(tmp_path / "out")}
+    with pytest.raises(MMSRError, match="run the experiment `prepare` first") as e:
+        run_experiment("evaluate", tmp_path / "n.ipynb", values)
+    assert type(e.value).__name__ == "FileError"
+    assert "\n" not in str(e.value)
+    assert not (tmp_path / "n.ipynb").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def kernel_of(process: int) -> int:
+    """Find the notebook's kernel among the children of a process."""
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(status.read_text().rpartition(")")[2].split()[1])
+            command = (status.parent / "cmdline").read_text()
+        except OSError:
+            continue  # ended meanwhile
+        if parent == process and "ipykernel" in command:
+            return int(status.parent.name)
+    raise AssertionError("no kernel")
+
+
+def rows_of(history: Path) -> int:
+    """Count the lines of a history."""
+    return history.read_text().count("\n") if history.is_file() else 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found in /proc")
+def test_killed_training_goes_on(chain: Path, tmp_path: Path) -> None:
+    """SIGKILL to the kernel, as a machine short of memory sends it; then the same again."""
+    run = tmp_path / "run"
+    settings = {**SMALL_NETWORKS, "steps": 150, "history_every": 1, "checkpoint_every": 7}
+    values = {"prepared": str(chain / "prepare"), "run": str(run), "settings": settings}
+    values |= {"threads": 1, "device": "cpu"}
+    arguments = ["run", "train", "--out", str(run / "n.ipynb"), "--json", json.dumps(values)]
+    job = subprocess.Popen(
+        [sys.executable, "-m", "mmsr", *arguments], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        end = time.monotonic() + 120
+        while rows_of(run / "history.csv") < 12:
+            assert job.poll() is None, job.communicate()[1]
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        os.kill(kernel_of(job.pid), signal.SIGKILL)
+        err = job.communicate(timeout=60)[1]
+    finally:
+        job.kill()
+        job.wait()
+    assert not (run / "weights.safetensors").exists()
+    assert not (run / "n.ipynb").exists()
+    last = max(read_history(run / "history.csv")["step"])
+    assert last < 150
+
+    run_experiment("train", run / "n.ipynb", values)
+    assert read_history(run / "history.csv")["step"] == list(range(1, 151))
+    assert load_generator(run / "weights.safetensors")[1].training["steps"] == 150
+    assert sorted(p.name for p in run.glob("*.running*")) == []
+    assert sorted(p.name for p in run.glob(".*")) == []
+
+    assert job.returncode == 2, err
+    assert err.count("mmsr: ") == 1, err
+    assert "run again" in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def prepare_and_train(folder: Path, values: dict[str, Any]) -> None:
+    """Run the two experiments as a user would, with other paths and few patches."""
+    prepared = folder / "prepare"
+    common = {"out": str(prepared), "held_out": 0, "patch_size": 8, "patches_per_case": 8}
+    run_experiment("prepare", prepared / "n.ipynb", {**common, **values})
+    settings = {**SMALL_NETWORKS, "steps": 3, "history_every": 1}
+    run = {"prepared": str(prepared), "run": str(folder / "run"), "settings": settings}
+    run_experiment("train", folder / "run" / "n.ipynb", {**run, "threads": 1, "device": "cpu"})
+    history = read_history(folder / "run" / "history.csv")
+    assert history["step"] == [1, 2, 3]
+    assert all(math.isfinite(v) for column in history.values() for v in column)
+
+
+@pytest.mark.skipif(not REAL, reason="MMSR_REAL_DATA is not set")
+@pytest.mark.parametrize("micro", ["phantom", "bone"])
+def test_real_data_with_only_paths_changed(tmp_path: Path, micro: str) -> None:
+    """Real clinical patches with phantom µCT; and with a real µCT of bone, 200 pixels wide."""
+    values: dict[str, Any] = {
+        "clinical": "${MMSR_REAL_DATA}/nlst_chest_dicom",
+        "clinical_slices": [60, 64],
+    }
+    if micro == "phantom":
+        values |= {"cases": 1, "slices": 1, "size": 384}
+    else:
+        values |= {"micro": "${MMSR_REAL_DATA}/bone_microct_tiff", "micro_voxel_um": 19.5}
+        values |= {"micro_slices": [80, 84]}
+    prepare_and_train(tmp_path, values)
+    facts = read_json(tmp_path / "prepare" / "prepared.json")
+    source = "phantom" if micro == "phantom" else "specimen data"
+    assert facts["data"] == f"patient data (clinical), {source} (µCT)"
+    x_bank, y_bank = (open_bank(tmp_path / "prepare" / name) for name in ("clinical", "micro"))
+    assert x_bank.patches.shape == (8, 8, 8)
+    assert y_bank.patches.shape == (8, 64, 64)
+    np.testing.assert_allclose(x_bank.info.spacing_mm[1:], 0.54, rtol=0.01)
+    fine = 0.078125 if micro == "phantom" else 0.0195
+    np.testing.assert_allclose(y_bank.info.spacing_mm[1:], fine, rtol=1e-6)
+    case = open_case(tmp_path / "prepare" / "cases" / "patient-0")
+    assert case.seen
+    assert case.volume.array.shape == (4, 512, 512)
+    record = load_generator(tmp_path / "run" / "weights.safetensors")[1]
+    assert "patient data" in record.data
+    assert str(REAL) not in record.model_dump_json()
+
+
+@pytest.mark.skipif(not REAL, reason="MMSR_REAL_DATA is not set")
+def test_unset_variable_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MMSR_REAL_DATA")
+    values = {"out": str(tmp_path / "p"), "clinical": "${MMSR_REAL_DATA}/nlst_chest_dicom"}
+    with pytest.raises(SettingsError, match=r"MMSR_REAL_DATA.*export it"):
+        run_experiment("prepare", tmp_path / "n.ipynb", values)
+    assert not (tmp_path / "p" / "prepared.json").exists()
