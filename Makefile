@@ -33,5 +33,5 @@ check: setup     ## is the package in step with the notebooks, and are the noteb
 lab: setup       ## open the notebooks
 	$(BIN)/jupyter lab nbs
 
-clean:           ## remove what runs and builds left; keeps .venv
-	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage .snakemake
+clean:           ## remove what builds and the demo left; keeps .venv and other runs
+	rm -rf runs/demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage .snakemake

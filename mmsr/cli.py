@@ -162,7 +162,8 @@ def super_resolve(
     typer.echo(f"{picture}: a picture of the middle slice")
     deviation = float(result.consistency.array.mean())
     typer.echo(f"block means leave the input by {deviation:.1f} HU on average")
-    typer.echo(f"weights: {record.method}, {record.data.split(':')[0]}. {record.notice}")
+    steps = record.training.get("steps", "an unknown number of")
+    typer.echo(f"weights: {record.method}, {steps} steps on {record.data}. {record.notice}")
 
 # %% ../nbs/60_cli.ipynb #f8a9b364
 @app.command()
@@ -198,7 +199,7 @@ def _json_object(text: str) -> dict[str, Any]:
     except ValueError as e:
         raise SettingsError(f"--json: {e}") from None
     if not isinstance(values, dict):
-        raise SettingsError('--json: expected an object, such as {{"steps": 100}}')
+        raise SettingsError('--json: expected an object, such as {"steps": 100}')
     return values
 
 
@@ -237,7 +238,11 @@ def plan(
         raise FileError(f"{file}: no such plan; see workflow/plans for examples")
     try:
         check_plan(yaml.safe_load(file.read_text(encoding="utf8")))
-    except (SettingsError, yaml.YAMLError, OSError, UnicodeDecodeError) as e:
+    except (yaml.YAMLError, OSError, UnicodeDecodeError):
+        raise SettingsError(
+            f"{file}: is not a YAML plan; see workflow/plans for examples"
+        ) from None
+    except SettingsError as e:
         raise SettingsError(f"{file}: {e}") from None
     make_folder(out)
     if subprocess.run(snakemake_command(file, out, cores), check=False).returncode:
@@ -282,7 +287,7 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as e:
         if not hasattr(e, "format_message"):  # what typer raises for wrong names and values
             raise
-        sys.exit(_say(f"{e.format_message()} See mmsr --help.", 2))
+        sys.exit(_say(f"{e.format_message().rstrip('.')}. See mmsr --help.", 2))
     if code == 130:  # what typer makes of Ctrl-C
         sys.exit(_say("stopped; run the same command again to go on", 130))
     sys.exit(code if isinstance(code, int) else 0)

@@ -40,6 +40,7 @@ from .phantom import clinical_case, micro_case
 from .preprocess import CLINICAL_WINDOW, lung_mask, specimen_mask
 from .sr_cyclegan import SRCycleGANSettings
 from .super_resolve import enlarge_bicubic
+from .training import FREE_SETTINGS
 from .volume import Volume, read_volume, sr_geometry, write_volume
 
 # %% ../nbs/55_experiments.ipynb #b70821c4
@@ -234,7 +235,7 @@ def _patient(settings: PrepareSettings, i: int, path: Path) -> Case:
         raise ShapeError(
             f"{path.name}: the lung lies within {margin} pixels of the border; give more"
         )
-    chosen = seeded(settings.seed, "sites", i).choice(sites, 3)
+    chosen = seeded(settings.seed, "sites", i).choice(sites, 3, replace=sites.size < 3)
     places = [tuple(int(v) for v in np.unravel_index(site, mask.shape)) for site in chosen]
     named = {f"lung, site {n}": (z, y, x) for n, (z, y, x) in enumerate(places, 1)}
     return Case(f"patient-{i}", volume, mask, "patient data", places=named)
@@ -369,7 +370,8 @@ def make_room(run: str | Path, config: Mapping[str, Any]) -> Path | None:
 def _holds(old: Any, new: Any) -> bool:
     """Tell whether `old` has every value that `new` has."""
     if isinstance(old, dict) and isinstance(new, Mapping):
-        return all(name in old and _holds(old[name], value) for name, value in new.items())
+        decisive = {name: value for name, value in new.items() if name not in FREE_SETTINGS}
+        return all(name in old and _holds(old[name], value) for name, value in decisive.items())
     return old == new
 
 
@@ -527,7 +529,9 @@ def describe_models(models: Sequence[Model]) -> list[dict[str, Any]]:
                 "pairs a step": training["batch_size"],
                 "hardware": training["device"],
                 "long skip": "yes (R19)" if g1["skip"] else "no",
+                "noise": "yes" if g1["noise"] else "no",
                 "norm": g1["norm"],
+                "EMA": training.get("settings", {}).get("ema", 0.0),
                 "channels x blocks": f"{g1['channels']} x {g1['blocks']}",
                 "trained on": record["data"].split(":")[0],
             }

@@ -182,6 +182,11 @@ class SRGenerator(nn.Module):
         """Whether a tile with its halo gives the same pixels as the whole slice."""
         return self.settings.norm != "instance"
 
+    @property
+    def noise_channels(self) -> int:
+        """Channels of noise behind those of the features: all pixels of all finer grids."""
+        return sum(4 ** (i + 1) for i in range(len(self.up))) if self.settings.noise else 0
+
     def body(self, x: Tensor) -> Tensor:
         """Turn clinical patches into features.
 
@@ -201,14 +206,15 @@ class SRGenerator(nn.Module):
         features = self.neck(self.blocks(self.head(x)))
         if not self.settings.noise:
             return features
-        count = sum(4 ** (i + 1) for i in range(len(self.up)))
-        shape = (count, *x.shape[2:])
+        shape = (self.noise_channels, *x.shape[2:])
+        kind = torch.float32  # whatever the default type is, the same numbers
         if self.training:
-            noise = torch.randn(len(x), *shape, device=x.device)
-        else:  # decided by the slice itself: the same slice gives the same detail everywhere
-            seeds = [zlib.crc32(one.contiguous().numpy().tobytes()) for one in x.float().cpu()]
+            noise = torch.randn(len(x), *shape, device=x.device, dtype=kind)
+        else:  # decided by the slice itself; any change of it, a crop too, draws anew
+            seeds = [zlib.crc32(one.contiguous().numpy()) for one in x.detach().float().cpu()]
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-            noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(x.device)
+            draws = [torch.randn(shape, generator=g, dtype=kind) for g in generators]
+            noise = torch.stack(draws).to(x.device)
         return torch.cat([features, noise.to(features.dtype)], 1)
 
     def _up(self, features: Tensor) -> Tensor:

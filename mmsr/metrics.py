@@ -7,7 +7,7 @@ __all__ = ['psnr', 'ssim', 'enlarge_nearest', 'correlation', 'moment_matched', '
            'spectrum_error_db', 'grid_db', 'SliceMeasures', 'Regions', 'regions', 'measure_slice', 'mean_measures']
 
 # %% ../nbs/41_metrics.ipynb #cd9cc3f3
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -303,25 +303,26 @@ def grid_db(
     Returns
     -------
     float
-        Mean over the lattice of the peak's power over that of its neighbourhood, dB.
+        Power of the lattice's peaks over that of their neighbourhoods, averaged, dB.
     """
     power = np.fft.fftshift(_power(image, patch, mask)[0]) + 1 / 12  # of rounding, as above
-    half = patch // (2 * scale)
-    places = [patch // 2 + patch // scale * k for k in range(1 - half, half)]
+    power = np.pad(power, 3, mode="wrap")  # so that the highest frequency has neighbours, too
+    centre, half = 3 + patch // 2, scale // 2
+    places = [centre + patch // scale * k for k in range(-half, half)]
     excess = [
         power[v - 1 : v + 2, u - 1 : u + 2].mean() / np.median(power[v - 3 : v + 4, u - 3 : u + 4])
         for v in places
         for u in places
-        if (v, u) != (patch // 2, patch // 2)
+        if (v, u) != (centre, centre)
     ]
-    return float(10 * np.log10(excess).mean())
+    return float(10 * np.log10(np.mean(excess)))
 
 # %% ../nbs/41_metrics.ipynb #1c8305ca
 class SliceMeasures(NamedTuple):
     """How one SR slice compares with its input and, where known, the truth."""
 
     method: str
-    tile: int | None  # clinical pixels the network saw at once; None: the whole slice
+    tile: int | None  # side of the upsampler's tiles, clinical pixels; None: the whole slice
     corr_clinical: float  # f(SR) against the input, in the lung
     corr_parenchyma: float  # the same in parenchyma
     hu_error: float  # mean |f(SR) − input| in the lung, HU
@@ -410,7 +411,7 @@ def measure_slice(
     method : str
         Name in the table.
     tile : int, optional
-        Side of what the network saw at once, clinical pixels; None for the whole slice.
+        Side of the upsampler's tiles, clinical pixels; None for the whole slice.
     scale : int
         Linear ratio of the two grids.
 
@@ -426,7 +427,7 @@ def measure_slice(
         "corr_clinical": correlation(means, clinical_hu, where.lung_clinical),
         "corr_parenchyma": correlation(means, clinical_hu, where.parenchyma),
         "hu_error": float(error.mean()) if error.size else float("nan"),
-        "grid_db": grid_db(sr_hu, scale=scale, mask=where.lung),
+        "grid_db": _or_nan(lambda: grid_db(sr_hu, scale=scale, mask=where.lung)),
     }
     if truth_hu is not None:
         _same_shape(sr_hu, truth_hu, data_range)
@@ -440,8 +441,10 @@ def measure_slice(
             "psnr_matched": psnr(
                 matched[inside][None], np.asarray(truth_hu)[inside][None], data_range=data_range
             ),
-            "spectrum_error_db": spectrum_error_db(
-                sr_hu, truth_hu, scale=scale, mask=inside, reference_mask=inside
+            "spectrum_error_db": _or_nan(
+                lambda: spectrum_error_db(
+                    sr_hu, truth_hu, scale=scale, mask=inside, reference_mask=inside
+                )
             ),
             "psnr": psnr(sr_hu, truth_hu, data_range=data_range),
             "ssim": ssim(sr_hu, truth_hu, data_range=data_range),
@@ -450,26 +453,34 @@ def measure_slice(
     return SliceMeasures(method=method, tile=tile, data_range=data_range, **(empty | values))
 
 
+def _or_nan(measure: Callable[[], float]) -> float:
+    """Give NaN where no patch lies in the lung, as in slices below and above it."""
+    try:
+        return measure()
+    except RangeError:
+        return float("nan")
+
+
 def mean_measures(rows: Sequence[SliceMeasures]) -> SliceMeasures:
     """Average the rows of one method over slices.
 
     Parameters
     ----------
     rows : sequence of SliceMeasures
-        One method, one tile size, one data range.
+        One method and one data range; slices of several sizes may have had several tiles.
 
     Returns
     -------
     SliceMeasures
-        Means over the rows that have the number; NaN where none has.
+        Means over the rows that have the number; NaN where none has. `tile` is that of the first.
 
     Raises
     ------
     RangeError
-        If there is no row, or methods, tiles or data ranges are mixed.
+        If there is no row, or methods or data ranges are mixed.
     """
-    if len({(row.method, row.tile, row.data_range) for row in rows}) != 1:
-        raise RangeError("rows: expected at least one row, all of one method, tile and data range")
+    if len({(row.method, row.data_range) for row in rows}) != 1:
+        raise RangeError("rows: expected at least one row, all of one method and data range")
     means: dict[str, Any] = {}
     for name in SliceMeasures._fields[2:-1]:
         known = [value for row in rows if not np.isnan(value := getattr(row, name))]

@@ -191,7 +191,7 @@ def choose_tile(g1: SRGenerator, shape: tuple[int, int]) -> int | None:
     int or None
         Clinical pixels; None for the whole slice, also when tiles would disagree.
     """
-    per_pixel = 4 * UPSAMPLER_FLOATS * g1.settings.channels
+    per_pixel = 4 * (UPSAMPLER_FLOATS * g1.settings.channels + 2 * g1.noise_channels)
     if not g1.tiles_agree or per_pixel * shape[0] * shape[1] <= UPSAMPLER_BUDGET:
         return None
     return max(int((UPSAMPLER_BUDGET / per_pixel) ** 0.5) - 2 * g1.halo, 16)
@@ -219,7 +219,8 @@ def memory_needed(g1: SRGenerator, shape: tuple[int, int, int], tile: int | None
     piece = area if tile is None else min((tile + 2 * g1.halo) ** 2, area)
     result = slices * area * (2 * g1.settings.scale**2 + 4)
     one_slice = 5 * 4 * area * g1.settings.scale**2
-    return result + one_slice + 4 * channels * (6 * area + UPSAMPLER_FLOATS * piece)
+    noise = 4 * g1.noise_channels * (3 * area + 2 * piece)
+    return result + one_slice + noise + 4 * channels * (6 * area + UPSAMPLER_FLOATS * piece)
 
 # %% ../nbs/40_super_resolve.ipynb #0445f6b1
 class SRResult(NamedTuple):

@@ -186,7 +186,7 @@ class _Request(NamedTuple):
 def _doubt(ask: _Request, kind: type[MMSRError], text: str, certain: bool = False) -> None:
     """Refuse what a person may overrule; note it when overruled."""
     if not (ask.force or certain):
-        raise kind(f"{text}, or overrule with force=True if you are sure")
+        raise kind(f"{text}, or overrule with --force (force=True in Python) if you are sure")
     ask.notes.append(f"taken on trust: {text}")
 
 
