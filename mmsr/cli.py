@@ -287,7 +287,8 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as e:
         if not hasattr(e, "format_message"):  # what typer raises for wrong names and values
             raise
-        sys.exit(_say(f"{e.format_message().rstrip('.')}. See mmsr --help.", 2))
+        text = e.format_message().rstrip(".")  # empty where the help has been printed
+        sys.exit(_say(f"{text}. See mmsr --help.", 2) if text else 2)
     if code == 130:  # what typer makes of Ctrl-C
         sys.exit(_say("stopped; run the same command again to go on", 130))
     sys.exit(code if isinstance(code, int) else 0)
