@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 import yaml
 
@@ -28,6 +29,7 @@ from mmsr.experiments import (
 from .figures import overview
 from .generators import load_generator
 from .preprocess import lung_mask, read_mask
+from .super_resolve import block_mean
 from .super_resolve import super_resolve as super_resolve_volume
 from .training import choose_device
 from .volume import WRITABLE, read_volume, write_volume
@@ -160,8 +162,13 @@ def super_resolve(
     (z, y, x), (dz, dy, dx) = result.volume.array.shape, result.volume.spacing_mm
     typer.echo(f"{out}: {x} x {y} x {z} voxels of {dx:.4f} x {dy:.4f} x {dz:.4f} mm, int16 HU")
     typer.echo(f"{picture}: a picture of the middle slice")
-    deviation = float(result.consistency.array.mean())
-    typer.echo(f"block means leave the input by {deviation:.1f} HU on average")
+    means = np.stack([block_mean(one, g1.settings.scale) for one in result.volume.array])
+    shift = (means - volume.array)[slice(None) if inside is None else inside]
+    of_what = "" if inside is None else " in the mask"
+    typer.echo(
+        f"block means minus input{of_what}: {shift.mean():+.1f} HU on average, "
+        f"{np.abs(shift).mean():.1f} HU without sign"
+    )
     steps = record.training.get("steps", "an unknown number of")
     typer.echo(f"weights: {record.method}, {steps} steps on {record.data}. {record.notice}")
 

@@ -429,9 +429,8 @@ def open_models(folders: Mapping[str, str], cases: Sequence[Case]) -> list[Model
         facts = read_json(Path(folder, "done.json"))
         volumes = {}
         for case in cases:
-            volume = read_volume(
-                Path(folder, f"{case.name}.mha"), modality="micro"
-            )  # values as they are
+            path = Path(folder, f"{case.name}.mha")
+            volume = read_volume(path, modality="micro")  # clinical reading would look for padding
             spacing_mm, origin_mm = sr_geometry(case.volume)
             if not np.allclose([*volume.spacing_mm, *volume.origin_mm], [*spacing_mm, *origin_mm]):
                 raise GeometryError(
