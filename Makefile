@@ -3,7 +3,7 @@ PYTHON ?= python3
 CORES  ?= 2
 BIN    := .venv/bin
 
-.PHONY: help setup demo test lint check clean lab
+.PHONY: help setup demo test lint check bench clean lab
 
 help:            ## list the targets
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -29,6 +29,10 @@ lint: setup      ## style and types
 
 check: setup     ## is the package in step with the notebooks, and are the notebooks clean?
 	$(BIN)/nbdev_export && $(BIN)/nbdev_clean && git diff --exit-code --stat -- mmsr nbs
+
+bench: setup     ## measure a training step against plain ports and peers, about 6 minutes on a quiet machine
+	$(BIN)/python -m pip install --quiet --prefer-binary -c constraints.txt -e '.[dev,bench]'
+	$(BIN)/python -m papermill -k python3 nbs/benchmarks/training_step.ipynb runs/training_step.ipynb
 
 lab: setup       ## open the notebooks
 	$(BIN)/jupyter lab nbs

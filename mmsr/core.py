@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import numpy as np
 import pydantic
@@ -239,25 +239,46 @@ class Settings(pydantic.BaseModel):
 def _settings_message(cls: type[Settings], error: pydantic.ValidationError) -> str:
     """Put the first complaint of pydantic into one line; say how many more there are."""
     first, *more = error.errors(include_url=False)
-    name = ".".join(map(str, first["loc"])) or cls.__name__
-    if first["type"] == "extra_forbidden":
-        known = _field_names(cls)
+    known, choices = _field_names(cls)
+    # Where a field is one of several models, pydantic puts the choice into the path.
+    name = ".".join(str(part) for part in first["loc"] if part not in choices) or cls.__name__
+    if first["type"] == "union_tag_invalid":
+        tags, tag = first["ctx"]["expected_tags"].replace("', '", "' or '"), first["ctx"]["tag"]
+        text = f"{name}.kind: expected {tags}, got {tag!r}"
+    elif first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+        listed = (
+            known if len(first["loc"]) > 1 else cls.model_fields
+        )  # of this level, if it is the first
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(listed)}"
         text = f"{name}: unknown parameter of {cls.__name__}; {hint}"
     else:
         reason = first["msg"].removeprefix("Value error, ")
-        text = f"{name}: {reason[0].lower()}{reason[1:]}, got {first['input']!r}"
+        text = f"{name}: {reason[0].lower()}{reason[1:]}"
+        if not isinstance(first["input"], Mapping):  # a whole model says nothing
+            text += f", got {first['input']!r}"
     return " ".join(text.split()) + (f" (and {len(more)} more)" if more else "")
 
 
-def _field_names(cls: type[pydantic.BaseModel]) -> list[str]:
-    """List the names of the fields of a model and of the models inside it."""
-    names = list(cls.model_fields)
+def _field_names(cls: type[pydantic.BaseModel]) -> tuple[list[str], set[str]]:
+    """List the fields of a model and of the models inside it, and the tags that tell those apart."""
+    names, tags = list(cls.model_fields), set()
     for field in cls.model_fields.values():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel):
-            names += _field_names(field.annotation)
-    return names
+        for part in _parts(field.annotation):
+            if isinstance(part, pydantic.Tag):
+                tags.add(part.tag)
+            elif isinstance(part, type) and issubclass(part, pydantic.BaseModel):
+                inner, choices = _field_names(part)
+                names += inner
+                tags |= choices
+    return list(dict.fromkeys(names)), tags
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    """Yield a type and, if it is made of others, those."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _parts(part)
 
 # %% ../nbs/00_core.ipynb #056e3051
 def environment() -> dict[str, Any]:

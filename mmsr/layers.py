@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Norm', 'InstanceNorm', 'ChannelNorm', 'make_norm', 'convolution', 'check_image', 'PReLU', 'ResidualBlock', 'UpBlock',
-           'DownBlock', 'fold_kernel', 'FoldedConvolution', 'icnr_', 'initialise']
+           'UpConvolution', 'DownBlock', 'fold_kernel', 'FoldedConvolution', 'shuffle_halo', 'icnr_', 'interpolating_',
+           'initialise', 'lay_out']
 
 # %% ../nbs/10_layers.ipynb #4d653225
 import math
@@ -187,8 +188,8 @@ class UpBlock(nn.Module):
         return self.shuffle(self.activation(self.norm(self.conv(x))))
 
 
-class DownBlock(nn.Module):
-    """Halve both sides: 4×4 convolution with stride 2, normalisation, ReLU.
+class UpConvolution(nn.Module):
+    """Double both sides: transposed 3×3 convolution with stride 2, normalisation, ReLU.
 
     Parameters
     ----------
@@ -200,9 +201,33 @@ class DownBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, norm: Norm) -> None:
         super().__init__()
+        self.conv = nn.ConvTranspose2d(inputs, outputs, 3, stride=2, padding=1, bias=norm == "none")
+        self.norm = make_norm(norm, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        wide = self.conv(F.pad(x, (0, 1, 0, 1), mode="replicate"))  # one pixel more than wanted
+        return F.relu(self.norm(wide[..., : 2 * height, : 2 * width]))
+
+
+class DownBlock(nn.Module):
+    """Halve both sides: convolution with stride 2, normalisation, ReLU.
+
+    Parameters
+    ----------
+    inputs, outputs : int
+        Channels before and after.
+    norm : {"instance", "none", "channel"}
+        Normalisation behind the convolution.
+    kernel : {3, 4}
+        Side of the kernel; with 4, two rows of every window are new and two are shared.
+    """
+
+    def __init__(self, inputs: int, outputs: int, norm: Norm, *, kernel: int = 4) -> None:
+        super().__init__()
         bias = norm == "none"
         self.conv = nn.Conv2d(
-            inputs, outputs, 4, stride=2, padding=1, padding_mode="reflect", bias=bias
+            inputs, outputs, kernel, stride=2, padding=1, padding_mode="reflect", bias=bias
         )
         self.norm = make_norm(norm, outputs)
 
@@ -265,6 +290,31 @@ class FoldedConvolution(nn.Module):
         return F.pixel_shuffle(F.conv2d(x, fold_kernel(self.weight), self.bias.expand(4)), 2)
 
 # %% ../nbs/10_layers.ipynb #42379319
+def shuffle_halo(stages: int, up_kernel: int, reach: int) -> int:
+    """Count the coarse pixels around a tile that decide the tile's own fine pixels.
+
+    Parameters
+    ----------
+    stages : int
+        Up blocks, the last one unshuffled with a `FoldedConvolution` behind it.
+    up_kernel : int
+        Side of their kernels.
+    reach : int
+        `FoldedConvolution.reach`.
+
+    Returns
+    -------
+    int
+        Width of the halo; 0 without any stage.
+    """
+    low, high = -reach, 2 ** max(stages - 1, 0) - 1 + reach
+    for i in reversed(range(stages)):
+        if i + 1 < stages:
+            low, high = low // 2, high // 2
+        low, high = low - up_kernel // 2, high + up_kernel // 2
+    return max(-low, high) if stages else 0
+
+# %% ../nbs/10_layers.ipynb #94bf7859
 def icnr_(weight: Tensor, generator: torch.Generator, std: float) -> None:
     """Fill the kernels in front of PixelShuffle(2) so that the four of a cell are the same.
 
@@ -284,13 +334,31 @@ def icnr_(weight: Tensor, generator: torch.Generator, std: float) -> None:
         weight.copy_(kernels.repeat_interleave(4, dim=0))
 
 
+def interpolating_(weight: Tensor, generator: torch.Generator, std: float) -> None:
+    """Fill the kernels of a transposed 3×3 convolution so that its four phases sum alike.
+
+    Parameters
+    ----------
+    weight : Tensor, shape (inputs, outputs, 3, 3)
+        Overwritten.
+    generator : torch.Generator
+        Source of the numbers.
+    std : float
+        Spread of the sums.
+    """
+    mix = torch.empty(*weight.shape[:2], 1, 1).normal_(0, std, generator=generator)
+    ramp = torch.tensor([0.5, 1.0, 0.5])
+    with torch.no_grad():
+        weight.copy_(mix * ramp.outer(ramp))
+
+
 def initialise(net: nn.Module, *, norm: Norm, generator: torch.Generator) -> None:
     """Draw all weights of a network (R12).
 
     Parameters
     ----------
     net : nn.Module
-        Made of the blocks of this module and `nn.Conv2d`; overwritten.
+        Made of the blocks of this module and plain convolutions; overwritten.
     norm : {"instance", "none", "channel"}
         Decides the spread: 0.02 with "instance", else He's, with residual branches damped.
     generator : torch.Generator
@@ -309,6 +377,11 @@ def initialise(net: nn.Module, *, norm: Norm, generator: torch.Generator) -> Non
                     m.weight.copy_(torch.empty(m.weight.shape).normal_(0, std, generator=generator))
                 if m.bias is not None:
                     m.bias.zero_()
+            elif isinstance(m, nn.ConvTranspose2d):
+                std = 0.02 if norm == "instance" else math.sqrt(2 / m.in_channels)
+                interpolating_(m.weight, generator, std)
+                if m.bias is not None:
+                    m.bias.zero_()
             elif isinstance(m, ChannelNorm):
                 m.weight.fill_(1)
                 m.bias.zero_()
@@ -320,3 +393,18 @@ def initialise(net: nn.Module, *, norm: Norm, generator: torch.Generator) -> Non
                 block.branch[3].get_parameter("weight").mul_(damping)
             elif norm == "channel":
                 block.branch[4].get_parameter("weight").mul_(len(blocks) ** -0.5)
+
+
+def lay_out(net: nn.Module, norm: Norm) -> None:
+    """Lay the weights out as b h w c, unless InstanceNorm would turn every map around again.
+
+    Parameters
+    ----------
+    net : nn.Module
+        Changed in place; the values stay.
+    norm : {"instance", "none", "channel"}
+        Normalisation of the network.
+    """
+    for m in net.modules():
+        if norm != "instance" and isinstance(m, nn.Conv2d | nn.ConvTranspose2d):
+            m.weight.data = m.weight.data.contiguous(memory_format=torch.channels_last)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import ndimage, signal
+from scipy import ndimage
 
 from .core import GeometryError, RangeError, SettingsError
 from .volume import AIR_HU, Volume, read_volume
@@ -170,6 +170,8 @@ def micro_window(volume: Volume, mask: np.ndarray | None = None) -> Window:
     RangeError
         If the histogram is one hill: air and tissue cannot be told apart.
     """
+    from scipy import signal  # slow to import
+
     values = volume.array.ravel() if mask is None else volume.array[mask]
     values = values[:: max(1, len(values) // 4_000_000)].astype(np.float32)
     if len(values):  # what the detector or the number type cut off piles up there: no peak

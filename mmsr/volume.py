@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AIR_HU', 'PADDING_BELOW_HU', 'IMPOSSIBLE_HU', 'IN_PLANE_MM', 'MODALITIES', 'WRITABLE', 'Volume', 'sr_geometry',
-           'padding_values', 'read_volume', 'write_volume']
+           'resample_in_plane', 'padding_values', 'read_volume', 'write_volume']
 
 # %% ../nbs/01_volume.ipynb #aff689c4
 import re
@@ -143,6 +143,67 @@ def sr_geometry(
     return (z, y / scale, x / scale), (ox, oy, oz)
 
 # %% ../nbs/01_volume.ipynb #126c61e0
+def _shares(n: int, ratio: float) -> Any:
+    """Return the sparse matrix whose rows average `ratio` neighbours of `n`, about the centre."""
+    from scipy import sparse
+
+    count = int(n / ratio + 1e-6)
+    start = (n - count * ratio) / 2 + ratio * np.arange(count)[:, None]
+    place = np.floor(start).astype(int) + np.arange(int(np.ceil(ratio)) + 1)
+    share = np.minimum(start + ratio, place + 1) - np.maximum(start, place)
+    share = np.where((place >= 0) & (place < n), share.clip(0), 0)
+    share /= share.sum(1, keepdims=True)
+    rows = np.repeat(np.arange(count), place.shape[1])
+    matrix = (share.ravel(), (rows, place.clip(0, n - 1).ravel()))
+    return sparse.csr_array(matrix, shape=(count, n))
+
+
+def resample_in_plane(volume: Volume, pixel_mm: float) -> Volume:
+    """Average a volume to larger pixels, slice by slice (R7).
+
+    Parameters
+    ----------
+    volume : Volume
+        The pixels may be of any type, and need not be square.
+    pixel_mm : float
+        The new pixel, in y and x.
+
+    Returns
+    -------
+    Volume
+        float32; slices, direction and centre of the field as they were.
+
+    Raises
+    ------
+    RangeError
+        If `pixel_mm` is more than 3 % smaller than a pixel of `volume`, which would invent detail,
+        or larger than the field.
+    """
+    steps, sides = volume.spacing_mm[1:], volume.array.shape[1:]
+    field = min(step * side for step, side in zip(steps, sides, strict=True))
+    if not 0.97 * max(steps) <= pixel_mm <= field:
+        raise RangeError(
+            f"pixel_mm: expected {max(steps):.4g} mm (the pixel now) to {field:.4g} mm (the field), "
+            f"got {pixel_mm:.4g}; averaging cannot make pixels smaller"
+        )
+    rows, columns = (_shares(n, pixel_mm / s) for n, s in zip(sides, steps, strict=True))
+    array = np.stack([rows @ (columns @ plane.astype(float).T).T for plane in volume.array])
+    # the index of the first new centre, counted in old pixels
+    first = [
+        (n - 1) / 2 - (m.shape[0] - 1) / 2 * pixel_mm / s
+        for n, s, m in zip(sides, steps, (rows, columns), strict=True)
+    ]
+    x, y, z = map(float, volume.world_mm((0, *first)))
+    before = " x ".join(f"{s:.4g}" for s in dict.fromkeys(steps))
+    note = f"averaged in plane: pixels of {before} mm became {pixel_mm:.4g} mm (R7)"
+    return volume._replace(
+        array=array.astype(np.float32),
+        spacing_mm=(volume.spacing_mm[0], pixel_mm, pixel_mm),
+        origin_mm=(x, y, z),
+        notes=(*volume.notes, note),
+    )
+
+# %% ../nbs/01_volume.ipynb #8355fc01
 AIR_HU = -1000
 PADDING_BELOW_HU = -1100
 IMPOSSIBLE_HU = -2000

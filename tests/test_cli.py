@@ -20,7 +20,8 @@ from PIL import Image
 import mmsr
 from mmsr import cli
 from mmsr.core import RESEARCH_ONLY, seeded
-from mmsr.generators import G1Settings, GeneratorRecord, build_g1, save_generator
+from mmsr.generator_files import GeneratorRecord, save_generator
+from mmsr.generators import G1Settings, build_g1
 from mmsr.phantom import clinical_case
 from mmsr.preprocess import CLINICAL_WINDOW, lung_mask
 from mmsr.super_resolve import block_mean

@@ -12,26 +12,28 @@ import torch
 from safetensors.torch import save
 
 from mmsr.core import FileError, MMSRError, RangeError, ResourceError, SettingsError
-from mmsr.generators import (
+from mmsr.generator_files import (
     RECORD_KEY,
-    G1Settings,
+    AnyGenerator,
+    G1Network,
     GeneratorRecord,
-    SRGenerator,
-    build_g1,
+    build_generator,
     load_generator,
     save_generator,
 )
+from mmsr.generators import G1Settings, ReferenceSettings, build_g1
+from mmsr.unit import UNITSettings
 
 SMALL = G1Settings(channels=8, blocks=1, norm="none", head_kernel=3, last_kernel=3)
 
 
-def record_of(settings: G1Settings, **more: object) -> GeneratorRecord:
+def record_of(settings: AnyGenerator, **more: object) -> GeneratorRecord:
     """Make a record with no story."""
     known = {"clinical_window": {}, "micro_window": {}, "method": "untrained", "data": "none"}
     return GeneratorRecord.read({"g1": settings, **known, **more})
 
 
-def tensors_of(g1: SRGenerator) -> dict[str, torch.Tensor]:
+def tensors_of(g1: G1Network) -> dict[str, torch.Tensor]:
     """Return the weights as safetensors wants them."""
     return {name: value.detach().contiguous() for name, value in g1.state_dict().items()}
 
@@ -68,10 +70,14 @@ def refused(path: Path, content: bytes) -> str:
         G1Settings(channels=16, blocks=2, norm="channel", skip=True),
         G1Settings(channels=16, blocks=0, scale=2, norm="instance"),
         G1Settings(channels=32, blocks=1, scale=16, norm="none", up_kernel=5),
+        ReferenceSettings(channels=8, blocks=1),
+        ReferenceSettings(channels=8, blocks=1, octaves=0, enlarged=8, norm="none"),
+        UNITSettings(latent=16, blocks=1),
+        UNITSettings(latent=16, blocks=1, halvings_x=2, halvings_y=2, enlarged=8, norm="channel"),
     ],
 )
-def test_round_trip(settings: G1Settings, tmp_path: Path) -> None:
-    g1 = build_g1(settings, torch.Generator().manual_seed(3)).eval()
+def test_round_trip(settings: AnyGenerator, tmp_path: Path) -> None:
+    g1 = build_generator(settings, torch.Generator().manual_seed(3)).eval()
     path = tmp_path / "g1.safetensors"
     save_generator(path, g1, record_of(settings, measures={"PSNR": 15.25}))
     again, record = load_generator(path)
@@ -155,16 +161,35 @@ def test_hostile_records(good: Path, record: str) -> None:
         {"scale": 7},
         {"norm": "__import__('os')"},
         {"code": "print()"},
+        {"kind": "diffusion"},
+        {"kind": ["unit"]},
+        {"kind": None},
+        {"kind": "unit", "latent": 10**9},
+        {"kind": "resnet", "channels": 10**9},
+        {"kind": "resnet", "octaves": -(2**70)},
+        {"kind": "resnet", "scale": 8},
+        [],
+        "pixel shuffle",
+        None,
     ],
 )
-def test_hostile_architectures(good: Path, g1: dict[str, object]) -> None:
+def test_hostile_architectures(good: Path, g1: object) -> None:
     record = {**record_of(SMALL).model_dump(mode="json"), "g1": g1}
     assert "does not fit" in refused(good, with_record(tensors_of(build_g1(SMALL)), record))
 
 
-def test_the_largest_architecture_costs_no_memory_before_it_is_refused(good: Path) -> None:
-    record = record_of(SMALL).model_dump(mode="json")
-    record["g1"] = {"channels": 1024, "blocks": 256}  # 19 GB of weights, if they were made
+@pytest.mark.parametrize(
+    "g1",
+    [
+        {"channels": 1024, "blocks": 256},  # 19 GB of weights, if they were made
+        {"kind": "resnet", "channels": 512, "blocks": 64},
+        {"kind": "unit", "latent": 1024, "blocks": 64},
+    ],
+)
+def test_the_largest_architecture_costs_no_memory_before_it_is_refused(
+    good: Path, g1: dict[str, object]
+) -> None:
+    record = {**record_of(SMALL).model_dump(mode="json"), "g1": g1}
     assert "but its record asks for" in refused(good, with_record({"a": torch.zeros(1)}, record))
 
 
@@ -232,3 +257,10 @@ def test_a_record_that_json_cannot_hold(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     save_generator(path, build_g1(SMALL), record_of(SMALL, measures={"PSNR": float("nan")}))
     assert load_generator(path)[1].measures == {"PSNR": None}
+
+
+def test_a_file_from_before_there_were_kinds(good: Path) -> None:
+    record = record_of(SMALL).model_dump(mode="json")
+    del record["g1"]["kind"]
+    good.write_bytes(with_record(tensors_of(build_g1(SMALL)), record))
+    assert load_generator(good)[1].g1 == SMALL

@@ -32,6 +32,7 @@ from mmsr.patches import (
     write_bank,
 )
 from mmsr.preprocess import CLINICAL_WINDOW, Window, lung_mask
+from mmsr.volume import Volume, resample_in_plane
 
 REAL = Path(os.environ.get("MMSR_REAL_DATA") or "/nowhere")
 needs_real = pytest.mark.skipif(
@@ -317,6 +318,104 @@ def test_wrong_batches(bank):
     for wrong in (same._replace(batch_size=0), same):
         with pytest.raises(SettingsError, match="step"):
             wrong.batch(-1 if wrong is same else 0)
+
+
+@given(
+    batch_size=st.integers(1, 13),
+    fraction=st.sampled_from([0.0, 0.1, 0.25, 1 / 3, 0.7, 1.0]),
+    first=st.sampled_from([0, 3, 10_000_000]),
+)
+@settings(max_examples=40, deadline=None)
+def test_degraded_samples_are_evenly_spaced_and_change_nothing_else(batch_size, fraction, first):
+    banks = [SimpleNamespace(info=SimpleNamespace(size=s), patches=range(n))
+             for s, n in ((16, 11), (128, 7))]  # fmt: skip
+    plain = UnpairedBatches(*banks, batch_size, 4)
+    mixed = plain._replace(degraded_fraction=fraction)
+    steps = range(first, first + 40)
+    one, other = ([b.draw(t) for t in steps] for b in (plain, mixed))
+    degraded = np.concatenate([draw.degraded for draw in other])
+    chosen = np.flatnonzero(degraded >= 0)
+    assert abs(len(chosen) - fraction * 40 * batch_size) <= 1
+    assert np.ptp(np.diff(chosen)) <= 1 if len(chosen) > 2 else True
+    assert degraded.max() < 7
+    for a, b in zip(one, other, strict=True):
+        for name in ("y", "x_pose", "y_pose"):
+            assert (getattr(a, name) == getattr(b, name)).all()
+    if fraction == 0:
+        assert all((a.x == b.x).all() for a, b in zip(one, other, strict=True))
+    clinical = np.concatenate([draw.x for draw in other])[degraded < 0]
+    counts = np.bincount(clinical, minlength=11)
+    assert np.ptp(counts) <= 2  # passes: at most one begun and one not finished
+
+
+def test_degraded_patches_are_block_means_of_another_draw(tmp_path, bank):
+    y_bank = write_bank(tmp_path / "y", [case("y", 9, shape=(1, 200, 200))],
+                        **{**SETTINGS, "modality": "micro", "size": 32, "per_case": 9})  # fmt: skip
+    batches = UnpairedBatches(bank, y_bank, 8, 3, scale=2, degraded_fraction=0.5, augment=False)
+    same = 0
+    for step in range(20):
+        draw, (x, y) = batches.draw(step), batches.batch(step)
+        means = y_bank.unit(draw.degraded[1::2])
+        means = means.reshape(4, 16, 2, 16, 2).mean((2, 4))
+        np.testing.assert_array_equal(x[1::2, 0], means)
+        np.testing.assert_array_equal(x[::2, 0], bank.unit(draw.x[::2]))
+        np.testing.assert_array_equal(y[:, 0], y_bank.unit(draw.y))
+        same += (draw.degraded == draw.y).sum()
+    assert same < 40  # of 80: by chance a ninth
+    for wrong in (-0.1, 1.01, float("nan")):
+        with pytest.raises(SettingsError, match="degraded_fraction"):
+            batches._replace(degraded_fraction=wrong).draw(0)
+
+
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(3, 40), st.integers(3, 40)),
+    ratios=st.tuples(st.floats(1, 3), st.floats(1, 3)),
+    flip=st.sampled_from([-1.0, 1.0]),
+)
+@settings(max_examples=60, deadline=None)
+def test_averaging_keeps_means_ramps_and_the_centre(shape, ratios, flip):
+    pixel, (z, y, x) = 0.06, np.mgrid[tuple(slice(n) for n in shape)]
+    spacing = (0.5, pixel / ratios[0], pixel / ratios[1])
+    turn = (0.0, flip, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0)
+    fine = Volume(np.zeros(shape), spacing, (4.0, -3.0, 2.0), turn, "micro", "grey")
+    ramp = (fine.world_mm(np.stack([z, y, x], -1).reshape(-1, 3)) @ [3.0, -5.0, 7.0]).reshape(shape)
+    coarse = resample_in_plane(fine._replace(array=ramp), pixel)
+    assert coarse.array.dtype == np.float32
+    for size, old, ratio in zip(coarse.array.shape[1:], shape[1:], ratios, strict=True):
+        assert size == int(old / ratio + 1e-6)  # as many whole pixels as fit
+    middle = [[(n - 1) / 2 for n in v.array.shape] for v in (fine, coarse)]
+    np.testing.assert_allclose(coarse.world_mm(middle[1]), fine.world_mm(middle[0]), atol=1e-9)
+    assert coarse.array.mean() == pytest.approx(ramp.mean(), abs=1e-4)
+    flat = resample_in_plane(fine._replace(array=np.full(shape, 77, np.uint8)), pixel).array
+    np.testing.assert_allclose(flat, 77, rtol=1e-6)
+    if min(ratios) > 1.01:  # one pixel sees its own part of the ramp, to a pixel's width
+        where = np.stack(np.meshgrid(*map(np.arange, coarse.array.shape), indexing="ij"), -1)
+        expected = coarse.world_mm(where.reshape(-1, 3)) @ [3.0, -5.0, 7.0]
+        assert np.abs(coarse.array.ravel() - expected).max() < 8 * max(spacing[1:])
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 3, 5])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.float32])
+def test_averaging_by_a_whole_ratio_is_the_block_mean(ratio, dtype):
+    array = seeded(ratio, "blocks").integers(0, 250, (2, 6 * ratio, 4 * ratio)).astype(dtype)
+    fine = Volume(array, (1.0, 0.1, 0.1), modality="micro", unit="grey")
+    blocks = array.reshape(2, 6, ratio, 4, ratio).astype(float).mean((2, 4))
+    coarse = resample_in_plane(fine, 0.1 * ratio)
+    np.testing.assert_allclose(coarse.array, blocks, rtol=1e-6, atol=1e-5)
+    assert coarse.spacing_mm == (1.0, 0.1 * ratio, 0.1 * ratio)
+    odd = resample_in_plane(
+        fine._replace(array=np.pad(array, ((0, 0), (0, ratio - 1), (0, 0)))), 0.1 * ratio
+    )
+    assert odd.array.shape == coarse.array.shape
+
+
+def test_averaging_cannot_enlarge():
+    volume = Volume(np.zeros((1, 8, 8), np.uint8), (1.0, 0.1, 0.05), modality="micro", unit="grey")
+    assert resample_in_plane(volume, 0.098).array.shape == (1, 8, 4)  # two per cent are no detail
+    for wrong in (0.09, 0.0, -1.0, 0.41, float("nan")):
+        with pytest.raises(RangeError, match="pixel_mm: expected") as e:
+            resample_in_plane(volume, wrong)
+        one_line(e)
 
 
 @needs_real

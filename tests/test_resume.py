@@ -23,34 +23,47 @@ import numpy as np
 import pytest
 import torch
 
-from mmsr import sr_cyclegan, training
+from mmsr import sr_cyclegan, sr_unit, training
 from mmsr.core import FileError, ResourceError, SettingsError, ShapeError, read_json, seeded
-from mmsr.discriminators import DiscriminatorSettings
-from mmsr.generators import G1Settings, G2Settings, load_generator
+from mmsr.generator_files import load_generator
 from mmsr.patches import PatchBank, PatchCase, open_bank, write_bank
 from mmsr.preprocess import Window
-from mmsr.sr_cyclegan import SRCycleGANSettings, TrainedRun, train_sr_cyclegan
-from mmsr.training import (
-    DivergenceError,
+from mmsr.run_folder import (
+    CHECKPOINT_FORMAT,
+    History,
     list_checkpoints,
     load_checkpoint,
     read_history,
     save_checkpoint,
 )
+from mmsr.sr_cyclegan import cyclegan_settings, train_sr_cyclegan
+from mmsr.sr_unit import train_sr_unit, unit_settings
+from mmsr.training import DivergenceError, LoopSettings, TrainedRun
 
 KILLS = int(os.environ.get("MMSR_KILLS", "6"))
-SETTINGS = SRCycleGANSettings(
-    g1=G1Settings(channels=8, blocks=1, head_kernel=3, last_kernel=3),
-    g2=G2Settings(channels=8, blocks=1),
-    d_x=DiscriminatorSettings(channels=8, layers=1),
-    d_y=DiscriminatorSettings(channels=8, layers=1),
-    steps=24,
-    batch_size=1,
-    pool_size=5,
-    ema=0.9,
-    history_every=3,
-    checkpoint_every=4,
+LOOP = {
+    "steps": 24,
+    "batch_size": 2,
+    "ema": 0.9,
+    "history_every": 3,
+    "checkpoint_every": 4,
+    "strips_every": 6,
+}
+JUDGES = {"d_x": {"channels": 8, "layers": 1}, "d_y": {"channels": 8, "layers": 1}}
+SMALL = {"channels": 8, "blocks": 1}
+# The defaults with all that draws random numbers: noise in G1, pools, noise on UNIT's latents, R15.
+SETTINGS = cyclegan_settings(
+    changes={
+        **LOOP,
+        **JUDGES,
+        "g1": {**SMALL, "head_kernel": 3, "last_kernel": 3},
+        "g2": SMALL,
+        "pool_size": 10,
+        "degraded_fraction": 0.25,
+    }
 )
+UNIT_SETTINGS = unit_settings(changes={**LOOP, **JUDGES, "unit": {"latent": 8, "blocks": 1}})
+SYSTEMS: dict[str, LoopSettings] = {"SR-CycleGAN": SETTINGS, "SR-UNIT": UNIT_SETTINGS}
 # Loads the library once, then forks a process for each line on its input, tells its number, and
 # how it ended. A process may be told to kill itself at a certain call of os.replace, just before
 # or just after a file is moved into place.
@@ -61,6 +74,7 @@ torch.set_num_threads(1)
 from mmsr.core import read_json
 from mmsr.patches import open_bank
 from mmsr.sr_cyclegan import SRCycleGANSettings, train_sr_cyclegan
+from mmsr.sr_unit import SRUNITSettings, train_sr_unit
 
 def train(folder, when, at):
     calls, replace = 0, os.replace
@@ -73,9 +87,12 @@ def train(folder, when, at):
             os.kill(os.getpid(), signal.SIGKILL)
         replace(old, new)
     os.replace = fatal
-    settings = SRCycleGANSettings.read(read_json(folder + "/settings.json"))
+    values = read_json(folder + "/settings.json")
     x, y = open_bank(folder + "/x"), open_bank(folder + "/y")
-    train_sr_cyclegan(settings, x, y, folder + "/run", progress=False)
+    if "unit" in values:
+        train_sr_unit(SRUNITSettings.read(values), x, y, folder + "/run", progress=False)
+    else:
+        train_sr_cyclegan(SRCycleGANSettings.read(values), x, y, folder + "/run", progress=False)
 
 print("ready", flush=True)
 for line in sys.stdin:
@@ -125,27 +142,41 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train without a break, once."""
-    folder = tmp_path_factory.mktemp("whole")
-    x, y = write_banks(folder)
-    train_sr_cyclegan(SETTINGS, x, y, folder / "run", progress=False)
+def wholes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Train each system without a break, once."""
+    folders = {name: tmp_path_factory.mktemp("whole") for name in SYSTEMS}
+    for name, folder in folders.items():
+        write_banks(folder)
+        train(folder, SYSTEMS[name])
+    return folders
+
+
+@pytest.fixture(scope="module")
+def whole(wholes: dict[str, Path]) -> Path:
+    return wholes["SR-CycleGAN"]
+
+
+def start_anew(whole: Path, folder: Path, settings: LoopSettings = SETTINGS) -> Path:
+    """Give the same banks, and no run."""
+    for name in ("x", "y"):
+        shutil.copytree(whole / name, folder / name)
+    (folder / "settings.json").write_text(settings.model_dump_json())
     return folder
 
 
 @pytest.fixture
 def folder(whole: Path, tmp_path: Path) -> Path:
-    """Give the same banks, and no run."""
-    for name in ("x", "y"):
-        shutil.copytree(whole / name, tmp_path / name)
-    (tmp_path / "settings.json").write_text(SETTINGS.model_dump_json())
-    return tmp_path
+    return start_anew(whole, tmp_path)
 
 
-def train(folder: Path, settings: SRCycleGANSettings = SETTINGS, **options: Any) -> TrainedRun:
+def train(folder: Path, settings: LoopSettings = SETTINGS, **options: Any) -> TrainedRun:
     """Train in this process on the banks of a folder."""
     banks = open_bank(folder / "x"), open_bank(folder / "y")
-    return train_sr_cyclegan(settings, *banks, folder / "run", progress=False, **options)
+    options = {"progress": False, **options}
+    if isinstance(settings, sr_unit.SRUNITSettings):
+        return train_sr_unit(settings, *banks, folder / "run", **options)
+    assert isinstance(settings, sr_cyclegan.SRCycleGANSettings)
+    return train_sr_cyclegan(settings, *banks, folder / "run", **options)
 
 
 class Nursery:
@@ -201,7 +232,8 @@ def assert_same(a: Any, b: Any, name: str = "state") -> None:
 
 def assert_same_run(folder: Path, whole: Path) -> None:
     """Compare all that two finished runs left."""
-    for file in ("history.csv", "weights.safetensors", "config.json"):
+    strips = [f"strips/{path.name}" for path in (whole / "run/strips").iterdir()]
+    for file in ("history.csv", "weights.safetensors", "config.json", *strips):
         assert (folder / "run" / file).read_bytes() == (whole / "run" / file).read_bytes(), file
     ours, theirs = (list_checkpoints(f / "run/checkpoints") for f in (folder, whole))
     assert [path.name for path in ours] == [path.name for path in theirs]
@@ -215,16 +247,21 @@ def test_the_pools_and_moments_are_compared(whole: Path) -> None:
     """The comparison below would be empty if checkpoints held less than they should."""
     state = load_checkpoint(list_checkpoints(whole / "run/checkpoints")[0])
     assert state["step"] == SETTINGS.steps
-    assert state["pool_x"]["images"].shape == (5, 1, 8, 8)
-    assert state["pool_y"]["images"].shape == (5, 1, 64, 64)
+    assert state["pool_x"]["images"].shape == (2, 5, 1, 8, 8)
+    assert state["pool_y"]["images"].shape == (2, 5, 1, 64, 64)
     assert len(state["optimiser_g"]["state"]) > 10
     other = {**state, "pool_x": {**state["pool_x"], "images": state["pool_x"]["images"] + 1e-7}}
     with pytest.raises(AssertionError, match="pool_x"):
         assert_same(state, other)
 
 
-def test_kill_at_random_moments(folder: Path, whole: Path, nursery: Nursery) -> None:
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_kill_at_random_moments(
+    system: str, wholes: dict[str, Path], tmp_path: Path, nursery: Nursery
+) -> None:
     """Kill one run again and again, wherever it happens to be, until it has had its share."""
+    whole = wholes[system]
+    folder = start_anew(whole, tmp_path, SYSTEMS[system])
     moments = random.Random(0)
     kills, progress = 0, set()
     history = folder / "run/history.csv"
@@ -258,20 +295,32 @@ def test_kill_at_random_moments(folder: Path, whole: Path, nursery: Nursery) -> 
     assert len(progress) > 1  # not always at the same step
 
 
+# What a whole run moves into place, in order; a number is the checkpoint of that step.
+MOVES = ["config", "environment", "history", 4, "strip", 8, "strip", 12, 16, "strip", 20]
+MOVES += ["strip", 24, "weights"]
+
+
 @pytest.mark.parametrize(
     ("when", "at"),
-    [("before", 1), ("after", 3), ("before", 5), ("after", 5), ("after", 9), ("before", 10)],
+    [
+        ("before", 1),
+        ("after", 3),
+        ("before", 4),
+        ("after", 6),
+        ("before", 7),
+        ("after", 13),
+        ("before", 14),
+    ],
 )
 def test_kill_while_a_file_is_moved_into_place(
     folder: Path, whole: Path, nursery: Nursery, when: str, at: int
 ) -> None:
-    """Calls 1 to 3 move config, environment and history, 4 to 9 checkpoints, 10 the weights."""
     nursery.start(folder, when, at)
     assert int(nursery.line()) == -signal.SIGKILL
-    moved = at - 3 if when == "after" else at - 4
-    steps = [4 * n for n in range(1, min(moved, 6) + 1)][::-1]
-    # One that was just moved has not yet pushed out the oldest.
-    steps = steps[: 3 if moved <= 6 and when == "after" else 2]
+    moved = MOVES[: at if when == "after" else at - 1]
+    steps = [step for step in moved if isinstance(step, int)][::-1]
+    # A checkpoint that was just moved has not yet pushed out the oldest.
+    steps = steps[: 3 if when == "after" and isinstance(moved[-1], int) else 2]
     found = [load_checkpoint(p)["step"] for p in list_checkpoints(folder / "run/checkpoints")]
     assert found == steps
     train(folder)
@@ -307,7 +356,7 @@ def test_a_finished_run_is_left_alone(whole: Path) -> None:
 def test_history_equals_the_steps(whole: Path) -> None:
     history = read_history(whole / "run/history.csv")
     assert history["step"] == [*range(3, 24, 3), 24]
-    assert set(history) == {"step", *sr_cyclegan.LOSSES}
+    assert set(history) == {"step", *sr_cyclegan.COLUMNS}
     assert all(np.isfinite(values).all() for values in history.values())
 
 
@@ -331,7 +380,7 @@ def test_damaged_checkpoint(folder: Path, whole: Path, damage: str) -> None:
     )
     newest.write_bytes(content)
     if damage == "hostile":
-        torch.save({"g1": Hostile(), "format": training.CHECKPOINT_FORMAT}, newest)
+        torch.save({"g1": Hostile(), "format": CHECKPOINT_FORMAT}, newest)
     with pytest.raises(FileError, match=newest.name) as caught:
         load_checkpoint(newest)
     assert "\n" not in str(caught.value)
@@ -429,7 +478,7 @@ def test_full_disk(folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_full_disk_in_the_history(folder: Path) -> None:
     """A real ENOSPC from the kernel."""
-    history = training.History(folder / "history.csv", ["cycle"])
+    history = History(folder / "history.csv", ["cycle"])
     history.path = Path("/dev/full")
     with pytest.raises(ResourceError, match="cannot be written"):
         history.append(1, {"cycle": 0.5})
@@ -444,7 +493,7 @@ def test_folder_that_cannot_be_made(folder: Path) -> None:
 def test_divergence_keeps_the_last_checkpoint(
     folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cycle, calls = sr_cyclegan.cycle_loss, 0
+    cycle, calls = sr_cyclegan.reconstruction_loss, 0
 
     def diverging(image: torch.Tensor, cycled: torch.Tensor) -> torch.Tensor:
         nonlocal calls
@@ -452,8 +501,8 @@ def test_divergence_keeps_the_last_checkpoint(
         return cycle(image, cycled) * (float("nan") if calls == 2 * 7 else 1.0)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sr_cyclegan, "cycle_loss", diverging)
-        with pytest.raises(DivergenceError, match="step 7: the loss 'total' is nan"):
+        patch.setattr(sr_cyclegan, "reconstruction_loss", diverging)
+        with pytest.raises(DivergenceError, match="step 7: 'total' is nan"):
             train(folder)
     assert [path.name for path in list_checkpoints(folder / "run/checkpoints")] == [
         "step-000000004.pt"

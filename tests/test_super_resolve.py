@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from mmsr.core import MMSRError, ResourceError, seeded
-from mmsr.generators import G1Settings, GeneratorRecord, SRGenerator, build_g1
+from mmsr.generator_files import GeneratorRecord
+from mmsr.generators import G1Settings, SRGenerator, build_g1
 from mmsr.preprocess import CLINICAL_WINDOW
 from mmsr.super_resolve import block_mean, enlarge_bicubic, sr_slice, super_resolve
 from mmsr.volume import Volume
@@ -24,7 +25,8 @@ JOB = """
 import json, resource, sys
 import torch
 torch.set_num_threads(2)
-from mmsr.generators import G1Settings, GeneratorRecord, build_g1
+from mmsr.generator_files import GeneratorRecord
+from mmsr.generators import G1Settings, build_g1
 from mmsr.preprocess import CLINICAL_WINDOW
 from mmsr.super_resolve import super_resolve
 from mmsr.volume import read_volume, write_volume

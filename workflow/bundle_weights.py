@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mmsr.core import read_json
 from mmsr.experiments import find_weights
-from mmsr.generators import load_generator, save_generator
+from mmsr.generator_files import load_generator, save_generator
 
 run, model = Path(sys.argv[1]), sys.argv[2]
 metrics = read_json(run / "metrics.json")
