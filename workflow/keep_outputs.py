@@ -1,8 +1,9 @@
-"""Copy outputs of a plan into nbs/experiments: `python workflow/keep_outputs.py runs/demo`.
+"""Keep what a finished plan showed: `python workflow/keep_outputs.py runs/demo`.
 
-The experiments are committed with outputs, so that they can be read without running them. Progress
-bars and the cell that papermill adds are left behind; pictures are packed to few greys or colours.
-README's picture is copied, too, and its table is printed.
+Every plan leaves its numbers in nbs/results and its pictures in nbs/images, for the notebooks that
+show them. The demo also gives nbs/experiments their outputs, so that they can be read without
+running them (progress bars and papermill's own cell are left behind; pictures are packed to few greys
+or colours), and prints README's table.
 """
 
 import base64
@@ -14,7 +15,8 @@ import nbformat
 import numpy as np
 from PIL import Image
 
-from mmsr.core import read_json
+from mmsr.core import read_json, write_json
+from mmsr.generator_files import load_generator
 
 EXECUTED = {
     "prepare": "prepare/notebook.ipynb",
@@ -45,23 +47,64 @@ def presentable(outputs: list) -> list:
     return kept
 
 
-run, nbs = Path(sys.argv[1]), Path(__file__).parents[1] / "nbs"
-for name, executed in EXECUTED.items():
-    path = nbs / "experiments" / f"{name}.ipynb"
-    notebook = nbformat.read(path, 4)
-    outputs = {
-        cell.source: cell.outputs
-        for cell in nbformat.read(run / executed, 4).cells
-        if cell.cell_type == "code"
-    }
-    for cell in notebook.cells:
-        if cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", []):
-            cell.outputs = presentable(outputs[cell.source])
-    nbformat.write(notebook, path)
 
-(figure,) = (run / "figures").glob("*.png")
-(nbs / "images" / "demo.png").write_bytes(pack(figure.read_bytes()))
-for row in read_json(run / "metrics.json")["rows"]:
+
+def keep_notebooks(run: Path, nbs: Path) -> None:
+    """Copy the outputs of a demo into the experiments."""
+    for name, executed in EXECUTED.items():
+        path = nbs / "experiments" / f"{name}.ipynb"
+        notebook = nbformat.read(path, 4)
+        outputs = {
+            cell.source: cell.outputs
+            for cell in nbformat.read(run / executed, 4).cells
+            if cell.cell_type == "code"
+        }
+        for cell in notebook.cells:
+            if cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", []):
+                cell.outputs = presentable(outputs[cell.source])
+        nbformat.write(notebook, path)
+
+
+def keep_numbers(run: Path, nbs: Path) -> list[dict]:
+    """Write the table of a plan, with what was trained, to three significant digits."""
+    metrics = read_json(run / "metrics.json")
+    rows = [
+        {k: float(f"{v:.3g}") if isinstance(v, float) else v for k, v in row.items()}
+        for row in metrics["rows"]
+    ]
+    trained = {}
+    for config in sorted(run.glob("train/*/config.json")):
+        record = load_generator(config.with_name("weights.safetensors"))[1]
+        trained[config.parent.name] = {
+            "method": record.method,
+            "steps": record.training["steps"],
+            "batch_size": record.training["batch_size"],
+            "device": record.training["device"],
+            "torch": record.training["torch"].split("+")[0],
+        }
+    facts = {"cases": metrics["cases"], "slices": metrics["slices"], "trained": trained}
+    write_json(nbs / "results" / f"{run.name}.json", {**facts, "rows": rows})
+    return rows
+
+
+def keep_pictures(run: Path, nbs: Path) -> None:
+    """Put the figures of a plan, one below the other, into one picture."""
+    figures = [Image.open(path).convert("RGB") for path in sorted((run / "figures").glob("*.png"))]
+    together = Image.new("RGB", (max(f.width for f in figures), sum(f.height for f in figures)), "white")
+    top = 0
+    for figure in figures:
+        together.paste(figure, (0, top))
+        top += figure.height
+    content = io.BytesIO()
+    together.save(content, "png")
+    (nbs / "images" / f"{run.name}.png").write_bytes(pack(content.getvalue()))
+
+
+run, nbs = Path(sys.argv[1]).resolve(), Path(__file__).parents[1] / "nbs"
+if run.name == "demo":
+    keep_notebooks(run, nbs)
+keep_pictures(run, nbs)
+for row in keep_numbers(run, nbs):
     if row["method"] != "nearest":
         psnr = "∞" if row["psnr"] is None else f"{row['psnr']:.1f}"
         print(
