@@ -1,6 +1,20 @@
-"""`python -m mmsr` is the command line."""
+"""`mmsr` and `python -m mmsr`: the command line; without a word when stopped while it loads."""
 
-from mmsr.cli import main
+import os
+import signal
+
+
+def main() -> None:
+    """Load the command line and run it."""
+    heeded = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not so under nohup
+    if heeded:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    from mmsr.cli import main as run
+
+    if heeded:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    run()
+
 
 if __name__ == "__main__":
     main()

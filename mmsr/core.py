@@ -239,18 +239,15 @@ class Settings(pydantic.BaseModel):
 def _settings_message(cls: type[Settings], error: pydantic.ValidationError) -> str:
     """Put the first complaint of pydantic into one line; say how many more there are."""
     first, *more = error.errors(include_url=False)
-    known, choices = _field_names(cls)
-    # Where a field is one of several models, pydantic puts the choice into the path.
-    name = ".".join(str(part) for part in first["loc"] if part not in choices) or cls.__name__
+    path, _ = _follow(cls, first["loc"])
+    name = ".".join(path) or cls.__name__
     if first["type"] == "union_tag_invalid":
         tags, tag = first["ctx"]["expected_tags"].replace("', '", "' or '"), first["ctx"]["tag"]
         text = f"{name}.kind: expected {tags}, got {tag!r}"
     elif first["type"] == "extra_forbidden":
+        known = list(_follow(cls, first["loc"][:-1])[1].model_fields)
         near = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
-        listed = (
-            known if len(first["loc"]) > 1 else cls.model_fields
-        )  # of this level, if it is the first
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(listed)}"
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
         text = f"{name}: unknown parameter of {cls.__name__}; {hint}"
     else:
         reason = first["msg"].removeprefix("Value error, ")
@@ -260,25 +257,34 @@ def _settings_message(cls: type[Settings], error: pydantic.ValidationError) -> s
     return " ".join(text.split()) + (f" (and {len(more)} more)" if more else "")
 
 
-def _field_names(cls: type[pydantic.BaseModel]) -> tuple[list[str], set[str]]:
-    """List the fields of a model and of the models inside it, and the tags that tell those apart."""
-    names, tags = list(cls.model_fields), set()
-    for field in cls.model_fields.values():
-        for part in _parts(field.annotation):
-            if isinstance(part, pydantic.Tag):
-                tags.add(part.tag)
-            elif isinstance(part, type) and issubclass(part, pydantic.BaseModel):
-                inner, choices = _field_names(part)
-                names += inner
-                tags |= choices
-    return list(dict.fromkeys(names)), tags
+def _follow(
+    cls: type[pydantic.BaseModel], loc: tuple[int | str, ...]
+) -> tuple[list[str], type[pydantic.BaseModel]]:
+    """Walk along a path of pydantic's; return the names in it, and the innermost model.
+
+    Where a field is one of several models, pydantic puts the choice into the path: no name.
+    """
+    names: list[str] = []
+    model, choices = cls, dict[str, type[pydantic.BaseModel]]()
+    for part in loc:
+        if part in choices:
+            model, choices = choices[part], {}
+            continue
+        names.append(str(part))
+        if part in model.model_fields:
+            choices = dict(_models(model.model_fields[str(part)].annotation))
+            model = choices.pop("", model)
+    return names, model
 
 
-def _parts(annotation: Any) -> Iterator[Any]:
-    """Yield a type and, if it is made of others, those."""
-    yield annotation
-    for part in get_args(annotation):
-        yield from _parts(part)
+def _models(annotation: Any, tag: str = "") -> Iterator[tuple[str, type[pydantic.BaseModel]]]:
+    """Yield the models that a type is made of, with the tags that tell them apart."""
+    parts = get_args(annotation)
+    tag = next((part.tag for part in parts if isinstance(part, pydantic.Tag)), tag)
+    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+        yield tag, annotation
+    for part in parts:
+        yield from _models(part, tag)
 
 # %% ../nbs/00_core.ipynb #056e3051
 def environment() -> dict[str, Any]:

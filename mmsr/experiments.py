@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['Method', 'SettingsKind', 'parameters', 'TrainSettings', 'SuperResolveSettings', 'EvaluateSettings', 'method_settings',
-           'train_system', 'run_training', 'read_training', 'launch_training', 'health_line', 'make_room',
-           'find_weights', 'cases_to_super_resolve', 'Model', 'open_models', 'columns_of', 'measure_case',
-           'describe_models', 'finite', 'make_folder', 'check_plan', 'experiments_folder', 'run_experiment']
+           'train_system', 'run_training', 'read_training', 'launch_training', 'health_line', 'find_weights',
+           'cases_to_super_resolve', 'Model', 'open_models', 'columns_of', 'measure_case', 'describe_models', 'finite',
+           'make_folder', 'PlanSettings', 'check_plan', 'experiments_folder', 'run_experiment']
 
 # %% ../nbs/55_experiments.ipynb #99a00e44
 import contextlib
+import errno
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
 import pydantic
@@ -24,7 +26,14 @@ import torch
 import yaml
 
 import mmsr
-from .cases import Case, PrepareSettings, expand_paths, prepared_cases
+from mmsr.cases import (
+    Case,
+    NonEmpty,
+    PrepareSettings,
+    expand_paths,
+    prepared_cases,
+    read_prepared,
+)
 from mmsr.core import (
     FileError,
     GeometryError,
@@ -35,15 +44,17 @@ from mmsr.core import (
     read_json,
     write_json,
 )
-from .devices import Precision, make_fabric
+from .devices import Precision, make_fabric, on_first
+from .discriminators import PatchDiscriminator
 from .metrics import SliceMeasures, enlarge_nearest, measure_slice
+from .mmsr_loss import MMSRTerms
 from .patches import PatchBank, open_bank
 from .preprocess import CLINICAL_WINDOW, lung_mask
-from .run_folder import RunFolder, check_same_run, read_history
+from .run_folder import RunFolder, read_history
 from .sr_cyclegan import SRCycleGANSettings, cyclegan_settings, train_sr_cyclegan
 from .sr_unit import SRUNITSettings, train_sr_unit, unit_settings
 from .super_resolve import enlarge_bicubic
-from .training import Baseline, Preset, TrainedRun, describe_banks, diagnose
+from .training import Baseline, Preset, TrainedRun, check_sizes, diagnose
 from .volume import read_volume, sr_geometry
 
 if TYPE_CHECKING:
@@ -81,8 +92,8 @@ class TrainSettings(Settings):
     are changes on top of it.
     """
 
-    prepared: str
-    run: str
+    prepared: NonEmpty
+    run: NonEmpty
     system: Literal["SR-CycleGAN", "SR-UNIT", "CycleGAN", "UNIT"] = "SR-CycleGAN"
     preset: Preset = "default"
     reading: Baseline = "a"
@@ -99,8 +110,8 @@ class TrainSettings(Settings):
 class SuperResolveSettings(Settings):
     """Parameters of ``experiments/super_resolve.ipynb`` (Sec. 2.5)."""
 
-    out: str
-    weights: str = "bundled"
+    out: NonEmpty
+    weights: NonEmpty = "bundled"
     prepared: str | None = None
     scan: str | None = None
     slices: tuple[int, int] | None = None
@@ -119,10 +130,10 @@ class SuperResolveSettings(Settings):
 class EvaluateSettings(Settings):
     """Parameters of ``experiments/evaluate.ipynb``; `models` maps a label to a folder of volumes."""
 
-    prepared: str
+    prepared: NonEmpty
     models: dict[str, str]
     histories: dict[str, str] = {}
-    out: str = "."
+    out: NonEmpty = "."
     title: str = "Super-resolution against bicubic"
     crop_mm: pydantic.PositiveFloat = 12.0
 
@@ -145,11 +156,24 @@ def method_settings(chosen: TrainSettings) -> Method:
     Raises
     ------
     SettingsError
-        If `settings` has a name or a value that the method does not allow.
+        If `settings` has a name or a value that the method does not allow: the baselines have no
+        MMSR terms, and the SR systems no readings.
     """
     build = cyclegan_settings if chosen.system.endswith("CycleGAN") else unit_settings
     baseline = None if chosen.system.startswith("SR-") else chosen.reading
-    return build(chosen.preset, chosen.settings, baseline=baseline)
+    if baseline is None and chosen.reading != "a":
+        raise SettingsError(
+            f"reading: is of CycleGAN and UNIT (R14), not of {chosen.system}; leave it out, or take "
+            f"system {chosen.system.removeprefix('SR-')}"
+        )
+    settings = build(chosen.preset, chosen.settings, baseline=baseline)
+    weights = settings.mmsr.model_dump(include=set(MMSRTerms._fields))
+    if baseline and (acting := [name for name, weight in weights.items() if weight]):
+        raise SettingsError(
+            f"settings.mmsr.{acting[0]}: {chosen.system} has no MMSR terms (R14), got "
+            f"{weights[acting[0]]}; leave it out, or take system SR-{chosen.system}"
+        )
+    return settings
 
 
 def train_system(
@@ -161,6 +185,7 @@ def train_system(
     fabric: "Fabric | None" = None,
     progress: bool = True,
     resume: Literal["auto", "never"] = "auto",
+    on_change: Literal["refuse", "move"] = "refuse",
     stop_after_s: float | None = None,
     data: str = "",
 ) -> TrainedRun:
@@ -171,8 +196,8 @@ def train_system(
     TrainedRun
     """
     options: dict[str, Any] = {
-        "fabric": fabric, "progress": progress, "resume": resume, "stop_after_s": stop_after_s,
-        "data": data,
+        "fabric": fabric, "progress": progress, "resume": resume, "on_change": on_change,
+        "stop_after_s": stop_after_s, "data": data,
     }  # fmt: skip
     if isinstance(settings, SRCycleGANSettings):
         return train_sr_cyclegan(settings, x_bank, y_bank, run_folder, **options)
@@ -196,16 +221,13 @@ def run_training(chosen: TrainSettings) -> TrainedRun:
     MMSRError
         If the settings, the patches, the folder or the devices do not allow it.
     """
-    settings, place = method_settings(chosen), Path(chosen.prepared)
-    data = read_json(place / "prepared.json")["data"]
-    x_bank, y_bank = open_bank(place / "clinical"), open_bank(place / "micro")
+    settings, data = method_settings(chosen), read_prepared(chosen.prepared).data
+    folders = [Path(chosen.prepared, name) for name in ("clinical", "micro")]
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
     fabric = make_fabric(chosen.device, chosen.devices, chosen.precision)
-    if chosen.on_change == "move" and fabric.is_global_zero:
-        banks = describe_banks(x_bank, y_bank)
-        make_room(chosen.run, {"settings": settings.model_dump(mode="json"), "data": banks})
-    fabric.barrier()  # nobody looks into the folder before it is free
+    on_first(fabric, lambda: [open_bank(folder, verify=True).info for folder in folders])
+    x_bank, y_bank = (open_bank(folder) for folder in folders)
     return train_system(
         settings,
         x_bank,
@@ -213,6 +235,7 @@ def run_training(chosen: TrainSettings) -> TrainedRun:
         chosen.run,
         fabric=fabric,
         resume=chosen.resume,
+        on_change=chosen.on_change,
         stop_after_s=chosen.stop_after_minutes and 60 * chosen.stop_after_minutes,
         data=data,
     )
@@ -309,39 +332,6 @@ def health_line(run: str | Path, settings: Method) -> str:
         f"step {last['step']:.0f}: f(x_sr) ~ x {last['correlation']:.2f}, mean "
         f"{last['drift_hu']:+.0f} HU away, spread {last['spread_hu']:.0f} HU; {verdict}"
     )
-
-# %% ../nbs/55_experiments.ipynb #97922309
-def make_room(run: str | Path, config: Mapping[str, Any]) -> Path | None:
-    """Move an earlier run with other settings aside, within its own folder.
-
-    Parameters
-    ----------
-    run : str or Path
-        The run's folder.
-    config : Mapping
-        Parts of the new run's ``config.json`` that must agree for the run to go on.
-
-    Returns
-    -------
-    Path or None
-        Where the earlier run is now; None if it agrees or there is none.
-    """
-    files = RunFolder.of(run)
-    if not files.config.is_file():
-        return None
-    old = read_json(files.config)
-    try:
-        check_same_run(run, old, {**old, **config})
-        return None
-    except SettingsError:
-        number = 1
-        while (aside := Path(run, f"earlier-{number}")).exists():
-            number += 1
-        aside.mkdir()
-        for path in files:
-            if path.exists():
-                path.replace(aside / path.name)
-        return aside
 
 # %% ../nbs/55_experiments.ipynb #8b1b5717
 def find_weights(name: str) -> Path:
@@ -572,65 +562,106 @@ def make_folder(folder: str | Path) -> None:
         raise FileError(f"{folder}: the folder cannot be made ({e.strerror or e})") from e
 
 
-def check_plan(plan: Any) -> None:
+def _model_name(name: str) -> str:
+    """Allow names that are one folder, in every shell and system."""
+    if not re.fullmatch(r"(?!\.)[\w.-]+", name):
+        raise ValueError("expected letters, digits, and _ - . but not first, for it names a folder")
+    return name
+
+
+class PlanSettings(Settings):
+    """The sections of a plan; each has the parameters of the experiment of its name."""
+
+    prepare: dict[str, Any] = {}
+    train: dict[Annotated[str, pydantic.AfterValidator(_model_name)], dict[str, Any]] = {}
+    weights: dict[Annotated[str, pydantic.AfterValidator(_model_name)], NonEmpty] = {}
+    super_resolve: dict[str, Any] = {}
+    evaluate: dict[str, Any] = {}
+    retries: int = pydantic.Field(0, strict=True, ge=0)
+
+    @pydantic.model_validator(mode="after")
+    def _some_models(self) -> Self:
+        if not self.train and not self.weights:
+            raise ValueError("expected one or more models under `train` or `weights`")
+        if both := sorted(set(self.train) & set(self.weights)):
+            raise ValueError(f"{both[0]} stands under `train` and under `weights`; rename one")
+        return self
+
+
+def check_plan(plan: Any, out: str | Path = ".") -> None:
     """Check all names and values of a plan before anything is run or removed.
 
     Parameters
     ----------
     plan : Any
         What the YAML file holds.
+    out : str or Path
+        Folder of the results, where paths in a plan begin that are not absolute.
 
     Raises
     ------
     SettingsError
         In one line, with the section and the name.
     """
-    names = ("prepare", "train", "weights", "super_resolve", "evaluate", "retries")
-    if not isinstance(plan, Mapping) or not isinstance(plan.get("train"), Mapping):
+    if not isinstance(plan, Mapping):
         raise SettingsError("expected the sections prepare and train, each with names and values")
-    if unknown := [name for name in plan if name not in names]:
-        raise SettingsError(f"{unknown[0]}: unknown section; known are {', '.join(names)}")
-    own = {"out": "", "prepared": ""}
-    prepare = _section(plan, "prepare", PrepareSettings, {"out": ""})
-    _section(plan, "super_resolve", SuperResolveSettings, own)
-    _section(plan, "evaluate", EvaluateSettings, {"prepared": "", "models": {}})
-    for model in plan["train"]:
-        chosen = _section(
-            plan["train"], model, TrainSettings, {"prepared": "", "run": ""}, "train."
-        )
+    sections = PlanSettings.read(plan)
+    prepare = _section("prepare", PrepareSettings, sections.prepare, {"out": "x"})
+    own: dict[str, Any] = {"out": "x", "prepared": "x", "weights": "x"}
+    _section("super_resolve", SuperResolveSettings, sections.super_resolve, own)
+    own = {"out": "x", "prepared": "x", "models": {}, "histories": {}}
+    _section("evaluate", EvaluateSettings, sections.evaluate, own)
+    for model, name in sections.weights.items():
+        place = Path(out).resolve() / find_weights(name)
+        if not place.resolve().is_file():
+            raise SettingsError(f"weights.{model}: {place}: no such file; or take bundled")
+    for model, values in sections.train.items():
+        own = {"prepared": "x", "run": "x"}
+        chosen = _section(f"train.{model}", TrainSettings, values, own)
         try:
-            _check_scale(method_settings(chosen), prepare.scale)
-        except SettingsError as e:
-            raise SettingsError(f"train.{model}.settings: {e}") from None
+            _check_method(method_settings(chosen), prepare, chosen.devices)
+        except MMSRError as e:
+            raise SettingsError(f"train.{model}: {e}") from None
 
 
-def _check_scale(settings: Method, scale: int) -> None:
-    """Refuse networks of another scale than that of the patches; enlarged input fits any (R14b)."""
+def _check_method(settings: Method, prepare: PrepareSettings, devices: int) -> None:
+    """Refuse networks that do not fit the patches; enlarged input fits any scale (R14b)."""
     network = settings.g1 if isinstance(settings, SRCycleGANSettings) else settings.unit
+    scale, side = prepare.scale, prepare.patch_size
     if not settings.enlarged_input and network.scale != scale:
         raise SettingsError(
             f"the networks enlarge {network.scale} times, but prepare.scale is {scale}; change one"
         )
+    if settings.batch_size % devices:
+        raise SettingsError(
+            f"batch_size {settings.batch_size} cannot be dealt out evenly to {devices} devices; "
+            f"take a multiple of {devices}"
+        )
+    with torch.device("meta"):  # their sizes are asked for, not their weights
+        d_x, d_y = PatchDiscriminator(settings.d_x), PatchDiscriminator(settings.d_y)
+    window, large = (settings.mmsr.ssim_window or (1,))[0], scale * side
+    check_sizes(
+        {
+            "d_x": (large if settings.enlarged_input else side, d_x.least),
+            "d_y": (large, d_y.least),
+            "mmsr.ssim_window": (side, window),
+        }
+    )
 
 
 SettingsKind = TypeVar("SettingsKind", bound=Settings)
 
 
 def _section(
-    plan: Mapping[str, Any],
-    name: str,
-    kind: type[SettingsKind],
-    own: Mapping[str, Any],
-    above: str = "",
+    section: str, kind: type[SettingsKind], values: Mapping[str, Any], own: Mapping[str, Any]
 ) -> SettingsKind:
-    """Read a section of a plan; `own` has the names that the workflow fills in."""
-    values = plan.get(name, {})
-    if not isinstance(values, Mapping):
-        raise SettingsError(f"{above}{name}: expected names and values, got {values!r}")
+    """Read a section of a plan; `own` has what the workflow fills in."""
+    if taken := [name for name in own if name in values]:
+        raise SettingsError(f"{section}.{taken[0]}: is the workflow's own; leave it out")
     try:
         return kind.read({**own, **values})
     except SettingsError as e:
-        raise SettingsError(f"{above}{name}: {e}") from None
+        raise SettingsError(f"{section}: {e}") from None
 
 
 def experiments_folder() -> Path:
@@ -666,6 +697,8 @@ def run_experiment(name: str, output: str | Path, values: Mapping[str, Any]) -> 
     ------
     SettingsError
         If the notebook does not exist or does not know a parameter.
+    FileError, ResourceError
+        If `output` cannot be written.
     MMSRError
         Whatever the experiment itself refused.
         Or failed for another reason; the text names the notebook that shows where.
@@ -686,10 +719,12 @@ def run_experiment(name: str, output: str | Path, values: Mapping[str, Any]) -> 
             f"{unknown[0]}: unknown parameter of {notebook.stem}; known are {', '.join(known_names)}"
         )
     output = Path(output)
+    if output.suffix != ".ipynb" or output.is_dir():
+        raise FileError(f"{output}: expected the name of a notebook to write, NAME.ipynb")
     make_folder(output.parent)
     running = output.with_name(f"{output.stem}.running.ipynb")
-    terminal = os.fdopen(os.dup(2), "w")
     os.environ["MMSR_PROGRESS"] = "text"  # for the kernel: its bars are to reach the terminal
+    terminal = os.fdopen(os.dup(2), "w")
     try:
         with open(running.with_suffix(".log"), "w") as log, _stderr_into(log):
             papermill.execute_notebook(
@@ -703,8 +738,8 @@ def run_experiment(name: str, output: str | Path, values: Mapping[str, Any]) -> 
             )
     except DeadKernelError:
         raise ResourceError(
-            f"{notebook.stem}: its process was killed, most often for want of memory; "
-            "run again to go on, or give it less to do"
+            f"{notebook.stem}: its process was killed, most often for want of memory, or a patch "
+            "bank was changed under it; run again to go on, or give it less to do"
         ) from None
     except papermill.PapermillExecutionError as e:
         family = {c.__name__: c for c in _subclasses(MMSRError)}
@@ -712,11 +747,23 @@ def run_experiment(name: str, output: str | Path, values: Mapping[str, Any]) -> 
             raise family[e.ename](e.evalue) from None
         reason = " ".join(str(e.evalue).split())[:300]
         raise MMSRError(f"{notebook.stem}: {e.ename}: {reason}; {running} shows where") from None
+    except OSError as e:
+        raise _not_written(output, e) from e
     finally:
         terminal.close()
-    running.with_suffix(".log").unlink()
-    running.replace(output)
+    try:
+        running.with_suffix(".log").unlink()
+        running.replace(output)
+    except OSError as e:
+        raise _not_written(output, e) from e
     return output
+
+
+def _not_written(output: Path, error: OSError) -> MMSRError:
+    """Say in one line why a notebook was not written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError(f"{output}: not written, the disk is full; free some space and repeat")
+    return FileError(f"{output}: not written ({error.strerror or error})")
 
 
 @contextlib.contextmanager

@@ -274,11 +274,19 @@ class SRGenerator(nn.Module):
         ShapeError
             If `x` or `noise` has another shape.
         """
+        features, noise = self._features(x), self._noise(x, noise)
+        return features if noise is None else torch.cat([features, noise.to(features.dtype)], 1)
+
+    def _features(self, x: Tensor) -> Tensor:
+        """Run all layers on the clinical grid."""
         kernel = max(self.settings.head_kernel, self.settings.up_kernel)
         check_image("x", x, least=kernel // 2 + 1)  # a mirror needs something to reflect
-        features = self.neck(self.blocks(self.head(x)))
+        return self.neck(self.blocks(self.head(x)))
+
+    def _noise(self, x: Tensor, noise: Tensor | None) -> Tensor | None:
+        """Check the noise that is given, or draw it."""
         if not self.settings.noise:
-            return features
+            return None
         shape = (self.noise_channels, *x.shape[2:])
         if noise is None and self.training:  # whatever the default type is, the same numbers
             noise = torch.randn(len(x), *shape, device=x.device, dtype=torch.float32)
@@ -286,21 +294,20 @@ class SRGenerator(nn.Module):
             noise = torch.stack([_slice_noise(one, shape) for one in x]).to(x.device)
         elif noise.shape != (len(x), *shape):
             raise ShapeError(f"noise: expected {(len(x), *shape)}, got {tuple(noise.shape)}")
-        return torch.cat([features, noise.to(features.dtype)], 1)
+        return noise
 
-    def _up(self, features: Tensor) -> Tensor:
+    def _up(self, features: Tensor, noise: Tensor | None) -> Tensor:
         """Run the up blocks, adding to each its share of the noise."""
-        features, noise = features.tensor_split([self.settings.channels], 1)
         for i, block in enumerate(self.up):
             features = block(features)
-            if self.settings.noise:
-                here, noise = noise.tensor_split([4 ** (i + 1)], 1)
+            if noise is not None:
+                here, noise = noise.to(features.dtype).tensor_split([4 ** (i + 1)], 1)
                 field = F.pixel_shuffle(here, 2 ** (i + 1))
                 if i + 1 == len(self.up):  # the last block leaves four phases as channels
                     field = F.pixel_unshuffle(field, 2)
                 phases = features.unflatten(1, (-1, field.shape[1]))
                 strength = self.strength[i].view(-1, 1, 1, 1)
-                features = phases.addcmul(field[:, None], strength).flatten(1, 2)
+                features = phases.addcmul(field[:, None], strength.to(features.dtype)).flatten(1, 2)
         return features
 
     def upsample(self, features: Tensor, x: Tensor) -> Tensor:
@@ -319,8 +326,13 @@ class SRGenerator(nn.Module):
             In [−1, 1], of the type of `x`. Near a cut side, `halo` × scale pixels are not final.
         """
         _check_grid(features, x)
+        features, noise = features.tensor_split([self.settings.channels], 1)
+        return self._image(features, noise if self.settings.noise else None, x)
+
+    def _image(self, features: Tensor, noise: Tensor | None, x: Tensor) -> Tensor:
+        """Run all layers on finer grids."""
         # From here on in the type of x: half precision would show as steps in the grey level.
-        correction = self.last(self._up(features)).to(x.dtype)
+        correction = self.last(self._up(features, noise)).to(x.dtype)
         if not self.settings.skip:
             return torch.tanh(correction)
         return add_inside_tanh(
@@ -328,7 +340,7 @@ class SRGenerator(nn.Module):
         )
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        return self.upsample(self.body(x, noise), x)
+        return self._image(self._features(x), self._noise(x, noise), x)
 
 
 def _check_grid(features: Tensor, x: Tensor) -> None:
@@ -377,7 +389,7 @@ class ReferenceGenerator(nn.Module):
         downs = [DownBlock(n << i, n << i + 1, outer, kernel=3) for i in range(-octaves)]
         self.tail = nn.Sequential(*ups, *downs)  # one of the two, or none
         width = n >> octaves if octaves > 0 else n << -octaves
-        self.last = convolution(width, 1, 7)
+        self.last = convolution(width, 1, 7, full=True)
         self.gain = min(n / width, 1.0)  # Adam's step of the sum grows with its channels
 
     @property
@@ -456,7 +468,7 @@ class ShrinkGenerator(nn.Module):
             *[DownBlock(widths[i], widths[i + 1], outer) for i in range(stages)]
         )
         self.blocks = nn.Sequential(*[ResidualBlock(n, norm) for _ in range(settings.blocks)])
-        self.last = convolution(n, 1, 3)
+        self.last = convolution(n, 1, 3, full=True)
 
     def forward(self, y: Tensor) -> Tensor:
         scale = self.settings.scale

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import pydantic
 
 from mmsr.core import (
     FileError,
@@ -224,7 +225,7 @@ class CaseRecord(Settings):
     mask_fingerprint: str
     spacing_mm: tuple[float, float, float]
     window: dict[str, float | str]
-    taken: int
+    taken: pydantic.PositiveInt
     rejected_flat: int
     rejected_air: int
 
@@ -241,7 +242,18 @@ class BankInfo(Settings):
     min_tissue: float
     dtype: str
     fingerprint: str
-    cases: tuple[CaseRecord, ...]
+    cases: tuple[CaseRecord, ...] = pydantic.Field(min_length=1)
+
+    @pydantic.field_validator("dtype")
+    @classmethod
+    def _plain_numbers(cls, value: str) -> str:
+        try:
+            dtype = np.dtype(value)
+        except TypeError:
+            dtype = np.dtype(object)
+        if dtype.kind not in "iuf" or dtype.itemsize > 8:
+            raise ValueError("expected integers or floats of at most 8 bytes")
+        return value
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
@@ -284,13 +296,15 @@ class PatchBank(NamedTuple):
         return np.stack([windows[self.positions[i, 0]].to_unit(self.patches[i]) for i in indices])
 
 
-def open_bank(folder: str | Path) -> PatchBank:
+def open_bank(folder: str | Path, *, verify: bool = False) -> PatchBank:
     """Open a patch bank, memory-mapped.
 
     Parameters
     ----------
     folder : str or Path
         Written by `write_bank`.
+    verify : bool
+        Read all patches once and compare them with the fingerprint in the record.
 
     Returns
     -------
@@ -331,6 +345,17 @@ def open_bank(folder: str | Path) -> PatchBank:
                 f"{array.shape} of {array.dtype.str}; delete the bank and write it again"
             )
         arrays.append(array)
+    numbers = np.repeat(np.arange(len(info.cases)), [case.taken for case in info.cases])
+    if not np.array_equal(arrays[1][:, 0], numbers):
+        raise FileError(
+            f"{folder / 'positions.npy'}: does not number the cases as bank.json does; delete the "
+            "bank and write it again"
+        )
+    if verify and fingerprint(folder / "patches.npy") != info.fingerprint:
+        raise FileError(
+            f"{folder / 'patches.npy'}: is not what was written, its fingerprint differs from that "
+            "in bank.json; delete the bank and write it again"
+        )
     return PatchBank(arrays[0], info, np.asarray(arrays[1]))
 
 # %% ../nbs/04_patches.ipynb #90c7521c

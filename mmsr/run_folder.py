@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINT_FORMAT', 'FREE_SETTINGS', 'History', 'read_history', 'Curves', 'save_checkpoint', 'list_checkpoints',
-           'load_checkpoint', 'latest_checkpoint', 'load_parts', 'RunFolder', 'open_run', 'check_same_run',
+           'load_checkpoint', 'latest_checkpoint', 'load_parts', 'locked', 'RunFolder', 'open_run', 'check_same_run',
            'differences']
 
 # %% ../nbs/25_run_folder.ipynb #fb653adf
@@ -12,20 +12,23 @@ import csv
 import errno
 import io
 import json
+import math
+import os
 import pickle
-import re
 import struct
 import time
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from mmsr.core import (
     FileError,
+    MMSRError,
     ResourceError,
     SettingsError,
     atomic_write,
@@ -62,15 +65,28 @@ class History:
             temporary.write_text("".join([",".join(self.columns) + "\n", *rows]), encoding="utf8")
 
     def _rows_until(self, step: int) -> list[str]:
-        """Return the whole lines of the file that belong to `step` or earlier."""
-        head, *lines = self.path.read_text(encoding="utf8").splitlines(keepends=True) or [""]
+        """Return the whole rows of the file that belong to `step` or earlier."""
+        try:
+            head, *lines = self.path.read_text(encoding="utf8").splitlines(keepends=True) or [""]
+        except (OSError, UnicodeDecodeError) as e:
+            raise FileError(
+                f"{self.path}: is no history ({e}); move it away, the run goes on"
+            ) from e
         if head.endswith("\n") and head.strip() != ",".join(self.columns):
             raise FileError(
                 f"{self.path.name}: expected the columns {','.join(self.columns)}, got "
                 f"{head.strip()[:80]}; use another run folder"
             )
-        whole = [line for line in lines if re.fullmatch(r"\d+,.*\n", line)]
-        return [line for line in whole if int(line.split(",")[0]) <= step]
+        rows, last = list[str](), 0
+        for line in lines:
+            values = line.rstrip("\n").split(",")
+            whole = line.endswith("\n") and len(values) == len(self.columns)
+            if not (whole and values[0].isdigit() and all(map(_is_number, values))):
+                continue
+            if last < int(values[0]) <= step:
+                last = int(values[0])
+                rows.append(line)
+        return rows
 
     def append(self, step: int, values: Mapping[str, float]) -> None:
         """Add one row and hand it to the operating system at once.
@@ -94,6 +110,14 @@ class History:
         except OSError as e:
             kind = ResourceError if e.errno == errno.ENOSPC else FileError
             raise kind(f"{self.path.name}: cannot be written ({e.strerror or e})") from e
+
+
+def _is_number(text: str) -> bool:
+    """Tell whether a cell of a history is a finite number."""
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def read_history(path: str | Path) -> dict[str, list[float]]:
@@ -124,6 +148,17 @@ def read_history(path: str | Path) -> dict[str, list[float]]:
         raise FileError(f"{path}: is not a history of a run ({e})") from e
 
 # %% ../nbs/25_run_folder.ipynb #981eb324
+def _whole_records(path: Path) -> int:
+    """Return how many bytes of an events file are whole records; a kill may have cut the last."""
+    content, end = path.read_bytes(), 0
+    while len(content) >= end + 12:
+        (length,) = struct.unpack("<Q", content[end : end + 8])  # then its checksum, data, checksum
+        if len(content) < end + 16 + length:
+            break
+        end += 16 + length
+    return end
+
+
 class Curves:
     """A file of numbers and pictures that TensorBoard can show; nothing when it is not installed.
 
@@ -144,11 +179,24 @@ class Curves:
             return
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        # Unbuffered: a kill loses nothing that was written.
-        self._file = RecordWriter(open(self.path, "ab", buffering=0))  # noqa: SIM115
+        try:
+            handle = open(self.path, "ab", buffering=0)  # noqa: SIM115  a kill loses nothing written
+            handle.truncate(_whole_records(self.path))
+            self._file = RecordWriter(handle)
+        except OSError as e:
+            self._give_up(e)
+            return
         if self.path.stat().st_size == 0:
             self._event(0, file_version="brain.Event:2")
         self._event(step + 1, session_log={"status": 1})  # START: what came later is void
+
+    def _give_up(self, error: OSError) -> None:
+        """Go on without curves: history.csv has the same numbers."""
+        warnings.warn(
+            f"{self.path.name}: no more curves for TensorBoard ({error.strerror or error})",
+            stacklevel=3,
+        )
+        self._file = None
 
     def _event(self, step: int, **content: Any) -> None:
         """Write one record."""
@@ -156,7 +204,10 @@ class Curves:
             return
         from tensorboard.compat.proto.event_pb2 import Event
 
-        self._file.write(Event(wall_time=time.time(), step=step, **content).SerializeToString())
+        try:
+            self._file.write(Event(wall_time=time.time(), step=step, **content).SerializeToString())
+        except OSError as e:
+            self._give_up(e)
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         """Add a number to each of some curves.
@@ -221,7 +272,7 @@ def save_checkpoint(folder: str | Path, step: int, state: Mapping[str, Any], kee
     FileError, ResourceError
         If it cannot be written; earlier checkpoints are as they were.
     """
-    path = Path(folder) / f"step-{step:09d}.pt"
+    path = Path(folder) / f"{_name(step)}.pt"
     # In memory first: torch's own writer reports a full disk as an internal error.
     buffer = io.BytesIO()
     torch.save({**state, "format": CHECKPOINT_FORMAT, "step": step}, buffer)
@@ -230,6 +281,11 @@ def save_checkpoint(folder: str | Path, step: int, state: Mapping[str, Any], kee
     for older in list_checkpoints(folder)[keep:]:
         older.unlink(missing_ok=True)
     return path
+
+
+def _name(step: int) -> str:
+    """Name the checkpoint of a step."""
+    return f"step-{step:09d}"
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
@@ -284,6 +340,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise FileError(f"{path}: is not a checkpoint of mmsr ({type(e).__name__})") from e
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
         raise FileError(f"{path}: is a torch file, but not a checkpoint of this version of mmsr")
+    if type(state.get("step")) is not int or Path(path).stem != _name(state["step"]):
+        raise FileError(f"{path}: is the checkpoint of another step, {state.get('step')!r}")
     return state
 
 
@@ -353,22 +411,87 @@ def load_parts(parts: Mapping[str, Any], state: Mapping[str, Any], name: str) ->
     for part_name, part in parts.items():
         if part_name not in state:
             raise FileError(f"{name}: holds no {part_name}; start again in a new run folder")
-        if isinstance(part, torch.nn.Module):
-            expected = {key: tuple(value.shape) for key, value in part.state_dict().items()}
-            found = {key: tuple(value.shape) for key, value in state[part_name].items()}
-            if changes := differences(expected, found, part_name):
-                raise FileError(
-                    f"{name}: its networks are others than these settings build ({changes[0]}"
-                    f"{f' and {len(changes) - 1} more' if len(changes) > 1 else ''}); "
-                    "use the version of mmsr that wrote it, or a new run folder"
-                )
         try:
+            if isinstance(part, torch.nn.Module):
+                expected = {key: _kind(value) for key, value in part.state_dict().items()}
+                found = {key: _kind(value) for key, value in state[part_name].items()}
+                if changes := differences(expected, found, part_name):
+                    raise FileError(
+                        f"{name}: its networks are others than these settings build ({changes[0]}"
+                        f"{f' and {len(changes) - 1} more' if len(changes) > 1 else ''}); "
+                        "use the version of mmsr that wrote it, or a new run folder"
+                    )
             part.load_state_dict(state[part_name])
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
+            if isinstance(part, torch.optim.Optimizer):
+                _check_moments(part, state["step"])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as e:
+            if isinstance(e, MMSRError):
+                raise
             reason = " ".join(str(e).split())[:200]
             raise FileError(f"{name}: {part_name} does not fit ({reason})") from e
 
+
+def _kind(value: torch.Tensor) -> str:
+    """Describe a tensor by shape and type."""
+    return f"{tuple(value.shape)} {value.dtype}"
+
+
+def _check_moments(optimiser: torch.optim.Optimizer, step: int) -> None:
+    """Refuse moments that do not fit their weights: Adam's fused form would read beyond them."""
+    for group in optimiser.param_groups:
+        for weight in group["params"]:
+            own = optimiser.state.get(weight, {})
+            if step and not own:
+                raise ValueError("a weight has no moments")
+            for name, value in own.items():
+                fits = value.shape == weight.shape and value.dtype == weight.dtype
+                if not (int(value) == step if name == "step" else fits):
+                    raise ValueError(f"{name} is not that of its weight")
+
 # %% ../nbs/25_run_folder.ipynb #dab53d63
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Keep other processes out of a run's folder; a lock ends with its process, however it ends.
+
+    Parameters
+    ----------
+    folder : str or Path
+        The run's folder, made when missing.
+
+    Yields
+    ------
+    None
+
+    Raises
+    ------
+    ResourceError
+        If another process trains in it.
+    FileError
+        If it cannot be made.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as e:
+        raise FileError(f"{folder}: the run folder cannot be made ({e.strerror or e})") from e
+    try:
+        with suppress(ImportError):  # not everywhere
+            import fcntl
+
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as e:
+                raise ResourceError(
+                    f"{folder}: another process trains in this folder; wait for it, or choose another"
+                ) from e
+            except OSError as e:  # some network disks know no locks
+                if e.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+                    raise FileError(f"{folder}: cannot be locked ({e.strerror or e})") from e
+        yield
+    finally:
+        os.close(handle)
+
+
 # No result depends on these, so a run may go on with others.
 FREE_SETTINGS = ("checkpoint_every", "checkpoints_kept", "strips_every", "health")
 
@@ -409,7 +532,9 @@ class RunFolder(NamedTuple):
         return cls(*(Path(folder, name) for name in names))
 
 
-def open_run(folder: str | Path, config: Mapping[str, Any]) -> RunFolder:
+def open_run(
+    folder: str | Path, config: Mapping[str, Any], on_change: Literal["refuse", "move"] = "refuse"
+) -> RunFolder:
     """Make a run folder, or open one that was started with the same settings.
 
     Parameters
@@ -418,6 +543,9 @@ def open_run(folder: str | Path, config: Mapping[str, Any]) -> RunFolder:
         The run's folder, made when missing.
     config : Mapping
         Settings and data of the run, as JSON can hold them.
+    on_change : {"refuse", "move"}
+        What to do with a run of other settings or data, or one that cannot go on: refuse, or move
+        its files into a folder ``earlier-1``, ``earlier-2`` and so on, inside.
 
     Returns
     -------
@@ -429,8 +557,10 @@ def open_run(folder: str | Path, config: Mapping[str, Any]) -> RunFolder:
     SettingsError
         If the folder was started with other settings or data.
     FileError
-        If the folder cannot be made.
+        If the folder cannot be made, or holds results and no checkpoint to go on from.
     """
+    if on_change not in ("refuse", "move"):
+        raise SettingsError(f"on_change: expected refuse or move, got {on_change!r}")
     folder = Path(folder)
     run = RunFolder.of(folder)
     try:
@@ -443,11 +573,47 @@ def open_run(folder: str | Path, config: Mapping[str, Any]) -> RunFolder:
             leftover.unlink(missing_ok=True)
     for leftover in run.strips.glob(".*"):
         leftover.unlink(missing_ok=True)
-    if run.config.exists():
-        check_same_run(folder, read_json(run.config), config)
+    try:
+        _check_going_on(run, config)
+    except MMSRError:
+        if on_change == "refuse":
+            raise
+        _move_aside(run)
+        return open_run(folder, config)
     write_json(run.config, config)
     write_json(run.environment, environment() | {"threads": torch.get_num_threads()})
     return run
+
+
+def _check_going_on(run: RunFolder, config: Mapping[str, Any]) -> None:
+    """Refuse a folder whose run is another, or cannot go on."""
+    folder, checkpoints = run.config.parent, list_checkpoints(run.checkpoints)
+    if run.weights.exists() and not checkpoints:
+        raise FileError(
+            f"{folder}: holds weights, and no checkpoint to go on from; use another run folder, or "
+            "on_change=move"
+        )
+    old: Any = config
+    if run.config.exists():
+        old = read_json(run.config)
+    elif checkpoints:
+        old = load_checkpoint(checkpoints[0]).get("config")
+    if not isinstance(old, Mapping):
+        raise FileError(
+            f"{folder}: what it was started with cannot be read; use another run folder"
+        )
+    check_same_run(folder, old, config)
+
+
+def _move_aside(run: RunFolder) -> None:
+    """Move the files of a run into a folder of their own; the settings last, should it be killed."""
+    number = 1
+    while (aside := run.config.parent / f"earlier-{number}").exists():
+        number += 1
+    aside.mkdir()
+    for path in (*(path for path in run if path != run.config), run.config):
+        if path.exists():
+            path.replace(aside / path.name)
 
 
 def check_same_run(

@@ -52,6 +52,7 @@ from mmsr.training import (
     enlarge_input,
     enlarging,
     frozen,
+    halves,
     hu_per_unit,
     learning_rate_factor,
     place_network,
@@ -91,15 +92,15 @@ class SRCycleGANSettings(LoopSettings):
 
     g1: AnyG1 = G1Settings(norm="channel", skip=True, noise=True)
     g2: AnyG2 = G2Settings(norm="channel")
-    d_x: DiscriminatorSettings = DiscriminatorSettings(layers=2)
-    d_y: DiscriminatorSettings = DiscriminatorSettings(layers=3)
+    d_x: DiscriminatorSettings = DiscriminatorSettings(channels=32, layers=2)
+    d_y: DiscriminatorSettings = DiscriminatorSettings(channels=32, layers=3)
     mmsr: MMSRSettings = MMSRSettings()
     adversarial: pydantic.NonNegativeFloat = 1.0
     cycle: pydantic.NonNegativeFloat = 10.0
     identity_x: pydantic.NonNegativeFloat = 0.0
     identity_y: pydantic.NonNegativeFloat = 0.0
     constant: float = pydantic.Field(default=0.5, ge=0, le=1)
-    pool_size: pydantic.NonNegativeInt = 50
+    pool_size: int = pydantic.Field(default=50, ge=0, le=100_000)
 
     @pydantic.model_validator(mode="after")
     def _scales_agree(self) -> "SRCycleGANSettings":
@@ -115,13 +116,14 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "g1": ReferenceSettings(octaves=3).model_dump(),
         "g2": ReferenceSettings(octaves=-3).model_dump(),
-        "d_x": {"layers": 3},
+        "d_x": {"layers": 3, "channels": 64},
         "batch_size": 1, "steps": 2_000_000, "augment": False, "ema": 0.0,
+        "d_y": {"channels": 64}, "checkpoint_every": 10_000,
     },
     "released": {
         "g1": G1Settings().model_dump(),
         "g2": ReferenceSettings(octaves=-3).model_dump(),
-        "d_x": {"layers": 3},
+        "d_x": {"layers": 3, "channels": 64}, "d_y": {"channels": 64},
         "mmsr": {"structure_x": 1.0, "ssim_window": (11, 1.5), "c1": 1e-4, "c2": 9e-4, "distance": "l1"},
         "cycle": 1.0, "identity_x": 0.02, "identity_y": 0.2, "degraded_fraction": 0.25,
         "learning_rate": 1e-5, "constant": 1.0,
@@ -131,7 +133,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
 _SAME_SIZE = {
     "g1": ReferenceSettings(octaves=0).model_dump(),
     "g2": ReferenceSettings(octaves=0).model_dump(),
-    "d_x": {"layers": 3},
+    "d_x": {"layers": 3, "channels": 64},
+    "d_y": {"channels": 64},
 }
 
 
@@ -317,6 +320,7 @@ def train_sr_cyclegan(
     fabric: "Fabric | None" = None,
     progress: bool = True,
     resume: Literal["auto", "never"] = "auto",
+    on_change: Literal["refuse", "move"] = "refuse",
     stop_after_s: float | None = None,
     stop_at_step: int | None = None,
     data: str = "",
@@ -337,6 +341,8 @@ def train_sr_cyclegan(
         Show a progress bar.
     resume : {"auto", "never"}
         Go on with the run in the folder, or refuse a folder that holds one.
+    on_change : {"refuse", "move"}
+        Refuse a folder that holds a run of other settings or data, or move that aside, inside.
     stop_after_s, stop_at_step : optional
         Stop early, after so many seconds or at this step; the next call goes on.
     data : str
@@ -393,7 +399,7 @@ def train_sr_cyclegan(
         for name in ("x", "y")
     )
     parts: dict[str, Any] = {
-        "g1": g1, "g2": g2, "d_x": d_x, "d_y": d_y, "average": average,
+        **networks._asdict(), **({"average": average} if settings.ema else {}),
         "optimiser_g": optimiser_g, "optimiser_d": optimiser_d, "pool_x": pool_x, "pool_y": pool_y,
     }  # fmt: skip
     feed = PatchFeed(
@@ -418,6 +424,7 @@ def train_sr_cyclegan(
         },
         anatomy=any((settings.mmsr.structure_x, settings.mmsr.down)),
         resume=resume,
+        on_change=on_change,
         progress=progress,
         stop_after_s=stop_after_s,
         stop_at_step=stop_at_step,
@@ -428,65 +435,71 @@ def train_sr_cyclegan(
     if settings.enlarged_input:
         shown_x = enlarge_input(shown_x, scale)
 
-    for step in keeper.steps():
-        x, y = (patches.contiguous(memory_format=layout) for patches in feed.batch(step))
-        if settings.enlarged_input:  # R14b
-            x = enlarge_input(x, scale)
-        random = step_random(settings.seed, step, device)
+    with keeper:
+        for step in keeper.steps():
+            x, y = (patches.contiguous(memory_format=layout) for patches in feed.batch(step))
+            if settings.enlarged_input:  # R14b
+                x = enlarge_input(x, scale)
+            random = step_random(settings.seed, step, device)
 
-        def noise(image: Tensor, random: torch.Generator = random) -> Tensor | None:
-            shape = (len(image), g1.noise_channels, *image.shape[2:])
-            return own_normal(fabric, random, shape) if g1.noise_channels else None
+            def noise(image: Tensor, random: torch.Generator = random) -> Tensor | None:
+                shape = (len(image), g1.noise_channels, *image.shape[2:])
+                return own_normal(fabric, random, shape) if g1.noise_channels else None
 
-        factor = learning_rate_factor(step, settings.steps, settings.constant)
-        for optimiser in (optimiser_g, optimiser_d):
-            set_learning_rate(optimiser, settings.learning_rate * factor)
+            factor = learning_rate_factor(step, settings.steps, settings.constant)
+            for optimiser in (optimiser_g, optimiser_d):
+                set_learning_rate(optimiser, settings.learning_rate * factor)
 
-        # Generators: please the judges, close the cycles, keep the patient (Eq. 4).
-        with frozen(d_x, d_y):
+            # Generators: please the judges, close the cycles, keep the patient (Eq. 4).
+            with frozen(d_x, d_y):
+                with fabric.autocast():
+                    x_sr, y_lr = g1(x, noise(x)), g2(y)
+                    x_cycle, y_cycle = g2(x_sr), g1(y_lr, noise(y_lr))
+                    x_same = (
+                        g2(enlarge(x, x_sr.shape[-1] // x.shape[-1]))
+                        if settings.identity_x
+                        else None
+                    )
+                    small = middle(y, x.shape[-1])
+                    y_same = g1(small, noise(small)) if settings.identity_y else None
+                    score_y_lr, score_x_sr = d_x(y_lr), d_y(x_sr)
+                outputs = Outputs(x_sr, y_lr, x_cycle, y_cycle, x_same, y_same)
+                g_losses = generator_losses(x, y, outputs, score_y_lr, score_x_sr, settings)
+                optimiser_g.zero_grad()
+                g_losses.total.backward()
+            gradient_g = settle_gradients(fabric, optimiser_g, settings.clip)
+            optimiser_g.step()
+
+            # Judges: tell real patches from outputs, some of them of the past.
             with fabric.autocast():
-                x_sr, y_lr = g1(x, noise(x)), g2(y)
-                x_cycle, y_cycle = g2(x_sr), g1(y_lr, noise(y_lr))
-                x_same = (
-                    g2(enlarge(x, x_sr.shape[-1] // x.shape[-1])) if settings.identity_x else None
-                )
-                small = middle(y, x.shape[-1])
-                y_same = g1(small, noise(small)) if settings.identity_y else None
-                score_y_lr, score_x_sr = d_x(y_lr), d_y(x_sr)
-            outputs = Outputs(x_sr, y_lr, x_cycle, y_cycle, x_same, y_same)
-            g_losses = generator_losses(x, y, outputs, score_y_lr, score_x_sr, settings)
-            optimiser_g.zero_grad()
-            g_losses.total.backward()
-        gradient_g = settle_gradients(fabric, optimiser_g, settings.clip)
-        optimiser_g.step()
+                scores_x = d_x(torch.cat([x, pool_x.query(y_lr, step)]))
+                scores_y = d_y(torch.cat([y, pool_y.query(x_sr, step)]))
+            d_losses = DiscriminatorLosses(
+                lsgan_discriminator_loss(*halves(scores_x)),
+                lsgan_discriminator_loss(*halves(scores_y)),
+            )
+            optimiser_d.zero_grad()
+            (d_losses.d_x + d_losses.d_y).backward()
+            gradient_d = settle_gradients(fabric, optimiser_d, settings.clip)
+            optimiser_d.step()
 
-        # Judges: tell real patches from outputs, some of them of the past.
-        with fabric.autocast():
-            scores_x = d_x(x), d_x(pool_x.query(y_lr, step))
-            scores_y = d_y(y), d_y(pool_y.query(x_sr, step))
-        d_losses = DiscriminatorLosses(
-            lsgan_discriminator_loss(*scores_x), lsgan_discriminator_loss(*scores_y)
+            if settings.ema:
+                update_average(average, g1, step, settings.ema)
+            signs = vital_signs(x, x_sr, unit_hu)
+            keeper.record(
+                (*g_losses, *d_losses, gradient_g, gradient_d, *signs),
+                strip=lambda: strip_rows(average if settings.ema else g1, g2, shown_x, shown_y),
+            )
+
+        best: G1Network = average if settings.ema else g1
+        if settings.enlarged_input:
+            best = enlarging(best, scale)
+        keeper.save_generator(
+            best,
+            lambda step: record_of(
+                method, best.settings, settings, x_bank, y_bank, fabric, step, data
+            ),
         )
-        optimiser_d.zero_grad()
-        (d_losses.d_x + d_losses.d_y).backward()
-        gradient_d = settle_gradients(fabric, optimiser_d, settings.clip)
-        optimiser_d.step()
-
-        if settings.ema:
-            update_average(average, g1, step, settings.ema)
-        signs = vital_signs(x, x_sr, unit_hu)
-        keeper.record(
-            (*g_losses, *d_losses, gradient_g, gradient_d, *signs),
-            strip=lambda: strip_rows(average if settings.ema else g1, g2, shown_x, shown_y),
-        )
-
-    best: G1Network = average if settings.ema else g1
-    if settings.enlarged_input:
-        best = enlarging(best, scale)
-    keeper.save_generator(
-        best,
-        lambda step: record_of(method, best.settings, settings, x_bank, y_bank, fabric, step, data),
-    )
     return TrainedRun(networks, best, keeper.step, keeper.finished, keeper.run.weights)
 
 

@@ -43,6 +43,7 @@ from mmsr.training import (
     enlarge_input,
     enlarging,
     frozen,
+    halves,
     halving_factor,
     hu_per_unit,
     place_network,
@@ -80,8 +81,8 @@ class SRUNITSettings(LoopSettings):
     """
 
     unit: UNITSettings = UNITSettings(latent=64, norm="channel")
-    d_x: DiscriminatorSettings = DiscriminatorSettings(layers=2)
-    d_y: DiscriminatorSettings = DiscriminatorSettings(layers=3)
+    d_x: DiscriminatorSettings = DiscriminatorSettings(channels=32, layers=2)
+    d_y: DiscriminatorSettings = DiscriminatorSettings(channels=32, layers=3)
     mmsr: MMSRSettings = MMSRSettings()
     adversarial: pydantic.NonNegativeFloat = 1.0
     reconstruction: pydantic.NonNegativeFloat = 10.0
@@ -94,6 +95,8 @@ class SRUNITSettings(LoopSettings):
 
     @pydantic.model_validator(mode="after")
     def _sizes_agree(self) -> "SRUNITSettings":
+        if self.unit.enlarged != 1:
+            raise ValueError("unit.enlarged: expected 1 in training; enlarged_input does it (R14b)")
         if self.enlarged_input and self.unit.scale != 1:
             raise ValueError(
                 "enlarged_input: expected networks that keep the size (halvings alike)"
@@ -105,16 +108,16 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {
         "unit": UNITSettings().model_dump(),
-        "d_x": {"layers": 2, "scales": 2, "norm": "none"},
-        "d_y": {"layers": 3, "scales": 3, "norm": "none"},
+        "d_x": {"layers": 2, "scales": 2, "norm": "none", "channels": 64},
+        "d_y": {"layers": 3, "scales": 3, "norm": "none", "channels": 64},
         "halve_every": 100_000,
-        "batch_size": 1, "steps": 2_000_000, "augment": False, "ema": 0.0,
+        "batch_size": 1, "steps": 2_000_000, "augment": False, "ema": 0.0, "checkpoint_every": 10_000,
     },
 }  # fmt: skip
 _SAME_SIZE = {
     "unit": {"latent": 256, "norm": "instance", "halvings_x": 2, "halvings_y": 2},
-    "d_x": {"layers": 3, "scales": 3, "norm": "none"},
-    "d_y": {"layers": 3, "scales": 3, "norm": "none"},
+    "d_x": {"layers": 3, "scales": 3, "norm": "none", "channels": 64},
+    "d_y": {"layers": 3, "scales": 3, "norm": "none", "channels": 64},
 }
 
 
@@ -215,7 +218,7 @@ class GeneratorLosses(NamedTuple):
 
 
 class DiscriminatorLosses(NamedTuple):
-    """Half of the least-squares loss of each judge, added up over its scales."""
+    """Least-squares loss of each judge, added up over its scales."""
 
     d_x: Tensor
     d_y: Tensor
@@ -314,6 +317,7 @@ def train_sr_unit(
     fabric: "Fabric | None" = None,
     progress: bool = True,
     resume: Literal["auto", "never"] = "auto",
+    on_change: Literal["refuse", "move"] = "refuse",
     stop_after_s: float | None = None,
     stop_at_step: int | None = None,
     data: str = "",
@@ -334,6 +338,8 @@ def train_sr_unit(
         Show a progress bar.
     resume : {"auto", "never"}
         Go on with the run in the folder, or refuse a folder that holds one.
+    on_change : {"refuse", "move"}
+        Refuse a folder that holds a run of other settings or data, or move that aside, inside.
     stop_after_s, stop_at_step : optional
         Stop early, after so many seconds or at this step; the next call goes on.
     data : str
@@ -390,7 +396,7 @@ def train_sr_unit(
         for group in (translators, (d_x, d_y))
     )
     parts: dict[str, Any] = {
-        **networks._asdict(), "average": average,
+        **networks._asdict(), **({"average": average} if settings.ema else {}),
         "optimiser_g": optimiser_g, "optimiser_d": optimiser_d,
     }  # fmt: skip
     feed = PatchFeed(
@@ -415,6 +421,7 @@ def train_sr_unit(
         },
         anatomy=any((settings.mmsr.structure_x, settings.mmsr.down)),
         resume=resume,
+        on_change=on_change,
         progress=progress,
         stop_after_s=stop_after_s,
         stop_at_step=stop_at_step,
@@ -425,61 +432,65 @@ def train_sr_unit(
     if settings.enlarged_input:
         shown_x = enlarge_input(shown_x, scale)
 
-    for step in keeper.steps():
-        x, y = (patches.contiguous(memory_format=layout) for patches in feed.batch(step))
-        if settings.enlarged_input:  # R14b
-            x = enlarge_input(x, scale)
-        random = step_random(settings.seed, step, device)
-        side = x.shape[-1] // 2**settings.unit.halvings_x
-        shape = (len(x), settings.unit.latent, side, side)
-        noise = tuple(settings.noise * own_normal(fabric, random, shape) for _ in range(4))
-        factor = halving_factor(step, settings.halve_every)
-        for optimiser in (optimiser_g, optimiser_d):
-            set_learning_rate(optimiser, settings.learning_rate * factor)
+    with keeper:
+        for step in keeper.steps():
+            x, y = (patches.contiguous(memory_format=layout) for patches in feed.batch(step))
+            if settings.enlarged_input:  # R14b
+                x = enlarge_input(x, scale)
+            random = step_random(settings.seed, step, device)
+            side = x.shape[-1] // 2**settings.unit.halvings_x
+            shape = (len(x), settings.unit.latent, side, side)
+            noise = tuple(settings.noise * own_normal(fabric, random, shape) for _ in range(4))
+            factor = halving_factor(step, settings.halve_every)
+            for optimiser in (optimiser_g, optimiser_d):
+                set_learning_rate(optimiser, settings.learning_rate * factor)
 
-        # Encoders and decoders: please the judges, come back, keep the patient (R13, Eq. 4).
-        with frozen(d_x, d_y):
+            # Encoders and decoders: please the judges, come back, keep the patient (R13, Eq. 4).
+            with frozen(d_x, d_y):
+                with fabric.autocast():
+                    outputs = translate(translators, x, y, noise)
+                    score_y_lr, score_x_sr = d_x(outputs.y_lr), d_y(outputs.x_sr)
+                g_losses = generator_losses(x, y, outputs, score_y_lr, score_x_sr, settings)
+                optimiser_g.zero_grad()
+                g_losses.total.backward()
+            gradient_g = settle_gradients(fabric, optimiser_g, settings.clip)
+            optimiser_g.step()
+
+            # Judges: tell real patches from outputs.
             with fabric.autocast():
-                outputs = translate(translators, x, y, noise)
-                score_y_lr, score_x_sr = d_x(outputs.y_lr), d_y(outputs.x_sr)
-            g_losses = generator_losses(x, y, outputs, score_y_lr, score_x_sr, settings)
-            optimiser_g.zero_grad()
-            g_losses.total.backward()
-        gradient_g = settle_gradients(fabric, optimiser_g, settings.clip)
-        optimiser_g.step()
+                scores_x = d_x(torch.cat([x, outputs.y_lr.detach()]))
+                scores_y = d_y(torch.cat([y, outputs.x_sr.detach()]))
+            d_losses = DiscriminatorLosses(  # UNIT does not halve it
+                2 * lsgan_discriminator_loss(*halves(scores_x)),
+                2 * lsgan_discriminator_loss(*halves(scores_y)),
+            )
+            optimiser_d.zero_grad()
+            (d_losses.d_x + d_losses.d_y).backward()
+            gradient_d = settle_gradients(fabric, optimiser_d, settings.clip)
+            optimiser_d.step()
 
-        # Judges: tell real patches from outputs.
-        with fabric.autocast():
-            scores_x = d_x(x), d_x(outputs.y_lr.detach())
-            scores_y = d_y(y), d_y(outputs.x_sr.detach())
-        d_losses = DiscriminatorLosses(
-            lsgan_discriminator_loss(*scores_x), lsgan_discriminator_loss(*scores_y)
-        )
-        optimiser_d.zero_grad()
-        (d_losses.d_x + d_losses.d_y).backward()
-        gradient_d = settle_gradients(fabric, optimiser_d, settings.clip)
-        optimiser_d.step()
+            if settings.ema:
+                update_average(average, g1, step, settings.ema)
+            signs = vital_signs(x, outputs.x_sr, unit_hu)
+            keeper.record(
+                (*g_losses, *d_losses, gradient_g, gradient_d, *signs),
+                strip=lambda: strip_rows(
+                    average if settings.ema else g1,
+                    lambda image: decode_x(encode_y(image)),
+                    shown_x,
+                    shown_y,
+                ),
+            )
 
-        if settings.ema:
-            update_average(average, g1, step, settings.ema)
-        signs = vital_signs(x, outputs.x_sr, unit_hu)
-        keeper.record(
-            (*g_losses, *d_losses, gradient_g, gradient_d, *signs),
-            strip=lambda: strip_rows(
-                average if settings.ema else g1,
-                lambda image: decode_x(encode_y(image)),
-                shown_x,
-                shown_y,
+        best: G1Network = average if settings.ema else g1
+        if settings.enlarged_input:
+            best = enlarging(best, scale)
+        keeper.save_generator(
+            best,
+            lambda step: record_of(
+                method, best.settings, settings, x_bank, y_bank, fabric, step, data
             ),
         )
-
-    best: G1Network = average if settings.ema else g1
-    if settings.enlarged_input:
-        best = enlarging(best, scale)
-    keeper.save_generator(
-        best,
-        lambda step: record_of(method, best.settings, settings, x_bank, y_bank, fabric, step, data),
-    )
     return TrainedRun(networks, best, keeper.step, keeper.finished, keeper.run.weights)
 
 

@@ -166,7 +166,7 @@ class Decoder(nn.Module):
             self.last = last = FoldedConvolution(n >> doublings, settings.last_kernel)
             self.halo = shuffle_halo(doublings, settings.up_kernel, last.reach)
         else:
-            self.last = convolution(n, 1, settings.last_kernel)
+            self.last = convolution(n, 1, settings.last_kernel, full=True)
             self.halo = settings.last_kernel // 2
 
     def paint(self, features: Tensor) -> Tensor:

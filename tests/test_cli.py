@@ -479,6 +479,32 @@ def test_ctrl_c(place: Place, out: Path, tmp_path: Path) -> None:
     assert content(out) == {}
 
 
+SLOW_TO_LOAD = """
+import sys, time
+class Slow:
+    @staticmethod
+    def find_spec(name, *_):
+        if name == "mmsr.cli":
+            print("loading", flush=True)
+            time.sleep(60)
+sys.meta_path.insert(0, Slow)
+from mmsr.__main__ import main
+main()
+"""
+
+
+def test_ctrl_c_while_it_loads() -> None:
+    job = child(program=("-c", SLOW_TO_LOAD))
+    try:
+        assert job.stdout is not None
+        assert job.stdout.readline() == "loading\n"
+        job.send_signal(signal.SIGINT)
+        assert (*job.communicate(timeout=30), job.returncode) == ("", "", 130)
+    finally:
+        job.kill()
+        job.wait()
+
+
 def test_ctrl_c_in_this_process(
     place: Place, out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -496,6 +522,18 @@ def test_a_defect_is_not_hidden(capsys: pytest.CaptureFixture[str]) -> None:
         patch.setattr(cli, "environment", lambda: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             cli.main(["version"])
+
+
+def test_under_torchrun_the_first_process_speaks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "PATIENCE_S", 0)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    for process, start in (("0", "mmsr: none.yaml"), ("3", "mmsr: process 3: none.yaml")):
+        monkeypatch.setenv("RANK", process)
+        said = call(capsys, "train", "none.yaml")
+        refused(said, "none.yaml")
+        assert said.err.startswith(start)
 
 
 def test_version_names_no_one(capsys: pytest.CaptureFixture[str]) -> None:
@@ -555,6 +593,8 @@ def test_other_refusals(
         (["nonesuch", "--out", "OUT/n.ipynb"], ["nonesuch", "prepare"]),
         (["prepare", "--out", "OUT/n.ipynb", "-p", "sizes=8"], ["sizes", "size"]),
         (["prepare", "--out", "OUT/file/n.ipynb", "-p", "out=x"], ["file"]),
+        (["prepare", "--out", "OUT", "-p", "out=x"], ["NAME.ipynb"]),
+        (["prepare", "--out", "OUT/n.txt", "-p", "out=x"], ["n.txt", "NAME.ipynb"]),
     ],
 )
 def test_run_refusals(

@@ -1,15 +1,17 @@
 """Two processes with half of the batch each are one process with the whole batch.
 
 Real processes over gloo on the loopback interface: started by hand as a cluster's launcher would,
-and by torchrun.
+by torchrun, and by srun of a real Slurm, where there is one.
 """
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -48,11 +50,75 @@ except MMSRError as e:
 LIMIT_S = 120
 
 
+SLURM_CONF = """ClusterName=test
+SlurmctldHost=localhost(127.0.0.1)
+AuthType=auth/none
+CredType=cred/none
+SlurmUser=root
+SlurmdUser=root
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+NodeName=localhost NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
+PartitionName=main Nodes=localhost Default=YES MaxTime=10 State=UP
+"""
+
+
+def free_ports(n: int) -> list[int]:
+    """Find ports of the loopback interface that nobody uses now."""
+    sockets = [socket.socket() for _ in range(n)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Run a Slurm of one node on the loopback interface, and give the variables that find it."""
+    programs = [shutil.which(name, path="/usr/sbin:/usr/bin") for name in ("slurmctld", "slurmd")]
+    if not all(programs) or not shutil.which("srun"):
+        pytest.skip("needs Slurm: apt-get install slurmctld slurmd slurm-client")
+    if os.getuid() != 0:
+        pytest.skip("Slurm's daemons want to be started by root")
+    folder = tmp_path_factory.mktemp("slurm")
+    for name in ("state", "spool"):
+        (folder / name).mkdir()
+    content = SLURM_CONF.format(ports=free_ports(2), folder=folder, cpus=os.cpu_count())
+    (folder / "slurm.conf").write_text(content)
+    found = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": found}
+    daemons = [
+        subprocess.Popen([str(programs[0]), "-D"], **quiet),  # type: ignore[call-overload]
+        subprocess.Popen([str(programs[1]), "-D", "-N", "localhost"], **quiet),  # type: ignore[call-overload]
+    ]
+    try:
+        end = time.monotonic() + 30
+        while subprocess.run(["srun", "-t", "1", "true"], timeout=60, **quiet).returncode:  # type: ignore[call-overload]
+            assert time.monotonic() < end, "Slurm did not come up"
+            time.sleep(0.5)
+        yield found
+    finally:
+        for daemon in daemons:
+            daemon.terminate()
+        for daemon in daemons:
+            daemon.wait(20)
+
+
 def by_hand(command: list[str]) -> subprocess.CompletedProcess[str]:
     """Start two processes with the variables that a launcher sets."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     shared = {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test",
@@ -143,6 +209,20 @@ def test_two_processes_are_one_with_twice_the_batch(
     folder = prepare(place, tmp_path / "two", SYSTEMS[system])
     assert launch(how, place, folder) == ""
     assert_close_run(folder, place / system)
+
+
+def test_two_tasks_of_slurm(place: Path, tmp_path: Path, slurm: dict[str, str]) -> None:
+    folder = prepare(place, tmp_path / "slurm", SYSTEMS["SR-CycleGAN"])
+    command = ["srun", "--ntasks=2", "--ntasks-per-node=2", "--overcommit", sys.executable]
+    done = subprocess.run(
+        [*command, str(place / "worker.py"), str(folder), "{}"],
+        env={**slurm, "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
+    assert done.returncode == 0, done.stderr
+    assert_close_run(folder, place / "SR-CycleGAN")
 
 
 def test_go_on_with_another_number_of_processes(place: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The whole chain, through real Snakemake and papermill: stopped, changed, wrong; on real scans."""
 
 import copy
+import errno
 import json
 import math
 import os
@@ -19,8 +20,8 @@ import pytest
 import yaml
 
 from mmsr import cli
-from mmsr.cases import PrepareSettings, clinical_cases, open_case
-from mmsr.core import MMSRError, SettingsError, ShapeError, read_json
+from mmsr.cases import PrepareSettings, clinical_cases, open_case, prepared_cases, read_prepared
+from mmsr.core import FileError, MMSRError, ResourceError, SettingsError, ShapeError, read_json
 from mmsr.experiments import (
     Model,
     TrainSettings,
@@ -28,11 +29,12 @@ from mmsr.experiments import (
     columns_of,
     launch_training,
     measure_case,
+    method_settings,
     run_experiment,
     run_training,
 )
 from mmsr.generator_files import load_generator
-from mmsr.patches import open_bank
+from mmsr.patches import open_bank, split_cases
 from mmsr.run_folder import read_history
 from mmsr.super_resolve import enlarge_bicubic
 from mmsr.volume import read_volume
@@ -59,12 +61,12 @@ def one_thread() -> Iterator[None]:
 
 
 def snakemake(plan: Path, out: Path) -> str:
-    """Carry out a plan in a process of its own; give what was printed to stderr."""
+    """Carry out a plan in a process of its own; give what the experiments printed."""
     out.mkdir(exist_ok=True)
     command = cli.snakemake_command(plan, out, 2)
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stderr
+    return done.stdout
 
 
 def stamps(folder: Path) -> dict[str, int]:
@@ -86,8 +88,8 @@ def started(err: str) -> list[str]:
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the tiny plan, carried out once."""
     out = tmp_path_factory.mktemp("chain") / "tiny"
-    err = snakemake(TINY, out)
-    assert len(started(err)) == 6
+    said = snakemake(TINY, out)
+    assert len(started(said)) == 6
     return out
 
 
@@ -171,8 +173,8 @@ def test_changed_training_reruns_what_depends_on_it(own_chain: Path, tmp_path: P
     plan = yaml.safe_load(TINY.read_text())
     plan["train"]["with-mmsr"]["settings"] = {**plan["train"]["with-mmsr"]["settings"], "steps": 4}
     (tmp_path / "changed.yaml").write_text(yaml.safe_dump(plan))
-    err = snakemake(tmp_path / "changed.yaml", own_chain)
-    assert started(err) == ["evaluate", "super_resolve/with-mmsr", "train/with-mmsr"]
+    said = snakemake(tmp_path / "changed.yaml", own_chain)
+    assert started(said) == ["evaluate", "super_resolve/with-mmsr", "train/with-mmsr"]
     after = stamps(own_chain)
     for name, when in before.items():
         part = name.split("/")
@@ -233,6 +235,147 @@ def test_wrong_parameter_in_a_plan(
     assert "Traceback" not in err
     assert started(err) == []
     assert stamps(chain) == before
+
+
+PLANS = {
+    "no models": ({"train": {}}, "one or more models"),
+    "weights, a list": ({"weights": [1]}, "weights"),
+    "weights, a number": ({"weights": {"b": 5}}, "weights.b"),
+    "weights, no file": ({"weights": {"b": "none.safetensors"}}, "weights.b: "),
+    "weights, a folder": ({"weights": {"b": "."}}, "weights.b: "),
+    "weights, unset variable": ({"weights": {"b": "${MMSR_NOT_SET}/w"}}, "MMSR_NOT_SET"),
+    "trained and given": ({"train": {"a": {}}, "weights": {"a": "bundled"}}, "a stands under"),
+    "retries, text": ({"retries": "x"}, "retries"),
+    "retries, truth": ({"retries": True}, "retries"),
+    "retries, none": ({"retries": None}, "retries"),
+    "retries, negative": ({"retries": -1}, "retries"),
+    "model, a path": ({"train": {"a/b": {}}}, "a/b"),
+    "model, hidden": ({"train": {".a": {}}}, ".a"),
+    "model, a space": ({"train": {"a b": {}}}, "a b"),
+    "model, braces": ({"weights": {"{a}": "bundled"}}, "{a}"),
+    "model, a number": ({"train": {1: {}}}, "train.1"),
+    "model, nothing": ({"train": {"a": None}}, "train.a"),
+    "own, prepare": ({"prepare": {"out": "x"}}, "prepare.out: is the workflow's own"),
+    "own, run": ({"train": {"a": {"run": "x"}}}, "train.a.run: is the workflow's own"),
+    "own, prepared": ({"train": {"a": {"prepared": "x"}}}, "train.a.prepared: is"),
+    "own, weights": ({"super_resolve": {"weights": "x"}}, "super_resolve.weights: is"),
+    "own, models": ({"evaluate": {"models": {}}}, "evaluate.models: is"),
+    "own, report": ({"evaluate": {"out": "x"}}, "evaluate.out: is"),
+    "too small to judge": ({"prepare": {"patch_size": 8}}, "train.a: d_x: needs patches of"),
+    "too small to compare": (
+        {"prepare": {"patch_size": 16}, "train": {"a": {"preset": "released"}}},
+        "needs patches of",
+    ),
+    "devices": ({"train": {"a": {"devices": 3}}}, "batch_size 16 cannot be dealt out evenly"),
+    "held out": ({"prepare": {"cases": 2, "held_out": 2}}, "held_out: expected less than"),
+    "no scans": ({"prepare": {"clinical": []}}, "clinical: expected phantom, a path"),
+    "baseline with the loss": (
+        {"train": {"a": {"system": "UNIT", "settings": {"mmsr": {"up": 0.1}}}}},
+        "mmsr.up: UNIT has no MMSR terms (R14), got 0.1",
+    ),
+    "a reading of none": ({"train": {"a": {"reading": "b"}}}, "train.a: reading: "),
+}
+
+
+@pytest.mark.parametrize("where", PLANS)
+def test_what_cannot_work_is_refused_before_it_starts(tmp_path: Path, where: str) -> None:
+    changes, words = PLANS[where]
+    plan = {"train": {"a": {}}, **changes}
+    with pytest.raises(SettingsError, match=re.escape(words)) as e:
+        check_plan(plan, tmp_path)
+    assert "\n" not in str(e.value)
+
+
+def test_paths_of_weights_begin_in_the_folder_of_results(tmp_path: Path) -> None:
+    (tmp_path / "mine.safetensors").write_text("weights")
+    for name in ("../mine.safetensors", str(tmp_path / "mine.safetensors"), "bundled"):
+        check_plan({"weights": {"given": name}}, tmp_path / "results")
+    check_plan({"train": {"a": {"system": "CycleGAN", "reading": "b", "settings": {"mmsr": {}}}}})
+
+
+def test_hints_come_from_the_network_that_was_chosen() -> None:
+    def refusal(settings: dict[str, Any]) -> str:
+        with pytest.raises(SettingsError) as e:
+            method_settings(TrainSettings(prepared="p", run="r", settings=settings))
+        return str(e.value)
+
+    assert "did you mean blocks?" in refusal({"g1": {"kind": "resnet", "blokcs": 1}})
+    assert "octaves" not in refusal({"g1": {"octave": 3}})  # of the other kind
+    assert "did you mean" not in refusal({"g2": {"noise": True}})  # of the other generator
+    assert "did you mean" not in refusal({"channels": 8})  # of the networks
+
+
+def test_what_snakemake_itself_refuses_is_told(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / ".snakemake").write_text("a file where a folder is needed")
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["plan", str(TINY), "--out", str(tmp_path)])
+    (line,) = capfd.readouterr().err.splitlines()
+    assert stopped.value.code == 2
+    assert line.startswith("mmsr: ")
+    assert "File exists" in line
+
+
+def test_another_seed_leaves_no_case_behind(own_chain: Path) -> None:
+    """The patients held out by an earlier run are in training now: nobody may be judged on them."""
+    prepared = own_chain / "prepare"
+    assert [case.name for case in prepared_cases(prepared)] == ["patient-1"]
+    names = ["patient-0", "patient-1"]
+    seed = next(n for n in range(1, 20) if split_cases(names, seed=n)[1] == names[:1])
+    values = {**yaml.safe_load(TINY.read_text())["prepare"], "out": str(prepared), "seed": seed}
+    run_experiment("prepare", prepared / "n.ipynb", values)
+    assert [case.name for case in prepared_cases(prepared)] == ["patient-0"]
+    assert [p.name for p in (prepared / "cases").iterdir()] == ["patient-0"]
+    assert [case.name for case in open_bank(prepared / "clinical").info.cases] == ["patient-1"]
+    shutil.rmtree(prepared / "cases" / "patient-0")
+    with pytest.raises(FileError, match="patient-0: is not a prepared case"):
+        prepared_cases(prepared)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", "5", "{", '{"data": 5}'])
+def test_what_prepare_did_not_write_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "prepared.json").write_text(content)
+    chosen = TrainSettings(prepared=str(tmp_path), run=str(tmp_path / "run"))
+    for call in (lambda: read_prepared(tmp_path), lambda: run_training(chosen)):
+        with pytest.raises(FileError, match=r"prepared\.json") as e:
+            call()
+        assert "\n" not in str(e.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_changed_bank_is_not_trained_on(own_chain: Path, tmp_path: Path) -> None:
+    patches = own_chain / "prepare" / "micro" / "patches.npy"
+    content = bytearray(patches.read_bytes())
+    content[-1] ^= 1
+    patches.write_bytes(content)
+    chosen = TrainSettings(
+        prepared=str(own_chain / "prepare"),
+        run=str(tmp_path / "run"),
+        device="cpu",
+        settings=small_system("SR-CycleGAN"),
+    )
+    with pytest.raises(FileError, match="fingerprint differs") as e:
+        run_training(chosen)
+    assert "\n" not in str(e.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.ENOSPC, ResourceError), (errno.EACCES, FileError)]
+)
+@pytest.mark.parametrize("call", ["papermill.execute_notebook", "pathlib.Path.replace"])
+def test_a_disk_that_fails_costs_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[MMSRError], call: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("papermill.execute_notebook", lambda *_, **__: None)
+    monkeypatch.setattr(call, fail)
+    with pytest.raises(kind, match=r"n\.ipynb: not written") as e:
+        run_experiment("train", tmp_path / "n.ipynb", {})
+    assert "\n" not in str(e.value)
 
 
 def test_unknown_parameter_and_experiment(tmp_path: Path) -> None:
@@ -395,7 +538,7 @@ def test_another_scale_and_system_through_all_notebooks(tmp_path: Path) -> None:
 
 def test_a_scale_without_truth() -> None:
     """Scale 16 goes beyond the phantom's truth; the columns that need one stay empty."""
-    settings = PrepareSettings(out="unused", cases=1, slices=1, size=384, scale=16)
+    settings = PrepareSettings(out="unused", cases=1, held_out=0, slices=1, size=384, scale=16)
     (case,) = clinical_cases(settings)
     assert (case.scale, case.truth, dict(case.regions)) == (16, None, {})
     sr = enlarge_bicubic(case.volume.array[0], 16)[None]
@@ -420,6 +563,11 @@ def test_two_processes_train_together(chain: Path, tmp_path: Path) -> None:
     with pytest.raises(MMSRError, match="cannot be dealt out evenly") as e:
         launch_training(TrainSettings(**odd))
     assert "\n" not in str(e.value)
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "mmsr")
+    command = [sys.executable, "-m", *torchrun, "train", str(tmp_path / "odd" / "train.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode
+    assert done.stderr.count("mmsr: ") == 1  # not once for each process
 
 
 def test_the_train_verb(

@@ -153,6 +153,12 @@ DAMAGE = {
     "other patches": lambda b: np.save(b / "patches.npy", np.zeros((40, 8, 8), np.int16)),
     "another type": lambda b: np.save(b / "patches.npy", np.zeros((40, 16, 16), np.float32)),
     "objects": lambda b: np.save(b / "patches.npy", np.array([{}], object), allow_pickle=True),
+    "cases in another order": lambda b: np.save(
+        b / "positions.npy", np.load(b / "positions.npy")[::-1]
+    ),
+    "a case that is not there": lambda b: np.save(
+        b / "positions.npy", np.load(b / "positions.npy") + np.array([1, 0, 0, 0], np.int32)
+    ),
     "too few positions": lambda b: np.save(b / "positions.npy", np.zeros((39, 4), np.int32)),
 }
 
@@ -169,7 +175,15 @@ def test_damaged_banks_are_refused(tmp_path, bank, damage):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("sise", 16), ("modality", "mr"), ("window", {"air": 5}), ("cases", "none")]
+    ("name", "value"),
+    [
+        ("sise", 16),
+        ("modality", "mr"),
+        ("window", {"air": 5}),
+        ("cases", "none"),
+        ("cases", []),
+        *(("dtype", dtype) for dtype in ("<c16", "<f16", "|O", "|b1", "<i4,<i4", "number", "")),
+    ],
 )
 def test_wrong_records_are_refused(tmp_path, bank, name, value):
     path = tmp_path / "bank" / "bank.json"
@@ -178,6 +192,31 @@ def test_wrong_records_are_refused(tmp_path, bank, name, value):
     path.write_text(json.dumps(record))
     with pytest.raises(FileError, match=r"bank\.json"):
         open_bank(tmp_path / "bank")
+
+
+def test_a_record_of_an_empty_bank(tmp_path, bank):
+    path = tmp_path / "bank" / "bank.json"
+    record = json.loads(path.read_text())
+    for one in record["cases"]:
+        one["taken"] = 0
+    path.write_text(json.dumps(record))
+    np.save(tmp_path / "bank" / "patches.npy", np.zeros((0, 16, 16), np.int16))
+    np.save(tmp_path / "bank" / "positions.npy", np.zeros((0, 4), np.int32))
+    with pytest.raises(FileError, match=r"bank\.json.*taken"):
+        open_bank(tmp_path / "bank")
+
+
+@pytest.mark.parametrize("place", [200, -1])
+def test_changed_patches_are_found_when_asked(tmp_path, bank, place):
+    path = tmp_path / "bank" / "patches.npy"
+    assert np.array_equal(open_bank(path.parent, verify=True).patches, bank.patches)
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    open_bank(path.parent)  # only reading it all can tell
+    with pytest.raises(FileError, match="fingerprint differs") as e:
+        open_bank(path.parent, verify=True)
+    assert "write it again" in one_line(e)
 
 
 def test_a_record_whose_case_window_cannot_be_inverted(tmp_path, bank):

@@ -32,7 +32,7 @@ def pack(png: bytes) -> bytes:
     r, g, b = (np.asarray(band, int) for band in image.split())
     colourful = (np.maximum(abs(r - g), abs(g - b)) > 16).mean() > 0.01
     small = io.BytesIO()
-    packed = image.quantize(200 if colourful else 32, dither=Image.Dither.NONE)
+    packed = image.quantize(200 if colourful else 64, dither=Image.Dither.NONE)
     packed.save(small, "png", optimize=True)
     return small.getvalue()
 
