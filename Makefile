@@ -32,7 +32,7 @@ check: setup     ## is the package in step with the notebooks, and are the noteb
 
 bench: setup     ## measure a training step against plain ports and peers, about 6 minutes on a quiet machine
 	$(BIN)/python -m pip install --quiet --prefer-binary -c constraints.txt -e '.[dev,bench]'
-	$(BIN)/python -m papermill -k python3 nbs/benchmarks/training_step.ipynb runs/training_step.ipynb
+	mkdir -p runs && $(BIN)/python -m papermill -k python3 --cwd nbs/benchmarks nbs/benchmarks/training_step.ipynb runs/training_step.ipynb
 
 lab: setup       ## open the notebooks
 	$(BIN)/jupyter lab nbs

@@ -249,7 +249,7 @@ class BankInfo(Settings):
     def _plain_numbers(cls, value: str) -> str:
         try:
             dtype = np.dtype(value)
-        except TypeError:
+        except (TypeError, ValueError, SyntaxError):
             dtype = np.dtype(object)
         if dtype.kind not in "iuf" or dtype.itemsize > 8:
             raise ValueError("expected integers or floats of at most 8 bytes")
