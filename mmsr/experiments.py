@@ -330,7 +330,7 @@ def health_line(run: str | Path, settings: Method) -> str:
     last = rows[-1]
     return (
         f"step {last['step']:.0f}: f(x_sr) ~ x {last['correlation']:.2f}, mean "
-        f"{last['drift_hu']:+.0f} HU away, spread {last['spread_hu']:.0f} HU; {verdict}"
+        f"{last['drift_hu']:.0f} HU away, spread {last['spread_hu']:.0f} HU; {verdict}"
     )
 
 # %% ../nbs/55_experiments.ipynb #8b1b5717

@@ -2,8 +2,8 @@
 
 Every plan leaves its numbers in nbs/results and its pictures in nbs/images, for the notebooks that
 show them. The demo also gives nbs/experiments their outputs, so that they can be read without
-running them (progress bars and papermill's own cell are left behind; pictures are packed to few greys
-or colours), and prints README's table.
+running them (progress bars and the cell that papermill adds are left behind; pictures are packed to
+few greys or colours), and prints the table of the README.
 """
 
 import base64
@@ -47,8 +47,6 @@ def presentable(outputs: list) -> list:
     return kept
 
 
-
-
 def keep_notebooks(run: Path, nbs: Path) -> None:
     """Copy the outputs of a demo into the experiments."""
     for name, executed in EXECUTED.items():
@@ -89,8 +87,10 @@ def keep_numbers(run: Path, nbs: Path) -> list[dict]:
 
 def keep_pictures(run: Path, nbs: Path) -> None:
     """Put the figures of a plan, one below the other, into one picture."""
-    figures = [Image.open(path).convert("RGB") for path in sorted((run / "figures").glob("*.png"))]
-    together = Image.new("RGB", (max(f.width for f in figures), sum(f.height for f in figures)), "white")
+    paths = sorted((run / "figures").glob("*.png"))
+    figures = [Image.open(path).convert("RGB") for path in paths]
+    size = max(figure.width for figure in figures), sum(figure.height for figure in figures)
+    together = Image.new("RGB", size, "white")
     top = 0
     for figure in figures:
         together.paste(figure, (0, top))
