@@ -658,7 +658,8 @@ def test_unset_variable_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("MMSR_REAL_DATA")
-    values = {"out": str(tmp_path / "p"), "clinical": "${MMSR_REAL_DATA}/nlst_chest_dicom"}
+    clinical = "${MMSR_REAL_DATA}/nlst_chest_dicom"
+    values = {"out": str(tmp_path / "p"), "clinical": clinical, "held_out": 0}
     with pytest.raises(SettingsError, match=r"MMSR_REAL_DATA.*export it"):
         run_experiment("prepare", tmp_path / "n.ipynb", values)
     assert not (tmp_path / "p" / "prepared.json").exists()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from peak import PEAK_BYTES
 
 from mmsr.core import FileError, GeometryError, RangeError
 from mmsr.preprocess import lung_mask, micro_window, read_mask, specimen_mask
@@ -18,8 +19,10 @@ needs_real = pytest.mark.skipif(
     not (REAL / "nlst_chest_dicom").is_dir(), reason="MMSR_REAL_DATA does not point at the scans"
 )
 SECONDS, BYTES = 8.0, 1.2e9
-MEASURED = """
-import json, resource, sys, time
+MEASURED = (
+    PEAK_BYTES
+    + """
+import json, sys, time
 import numpy as np
 from mmsr.preprocess import lung_mask
 from mmsr.volume import read_volume
@@ -27,11 +30,10 @@ volume = read_volume(sys.argv[1])
 wall, cpu = time.perf_counter(), time.process_time()
 mask = lung_mask(volume)
 wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-peak *= 1 if sys.platform == "darwin" else 1024
 np.save(sys.argv[2], np.packbits(mask))
-print(json.dumps({"wall": wall, "cpu": cpu, "peak": peak, "shape": mask.shape}))
+print(json.dumps({"wall": wall, "cpu": cpu, "peak": peak_bytes(), "shape": mask.shape}))
 """
+)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from peak import PEAK_BYTES
 
 from mmsr.core import MMSRError, ResourceError, seeded
 from mmsr.generator_files import GeneratorRecord
@@ -21,8 +22,10 @@ from mmsr.volume import Volume
 REAL = os.environ.get("MMSR_REAL_DATA")
 
 # The job of a user, in a process of its own so that its memory can be measured.
-JOB = """
-import json, resource, sys
+JOB = (
+    PEAK_BYTES
+    + """
+import json, sys
 import torch
 torch.set_num_threads(2)
 from mmsr.generator_files import GeneratorRecord
@@ -39,10 +42,9 @@ record = GeneratorRecord(
 result = super_resolve(volume, g1, record)
 write_volume(out, result.volume)
 write_volume(apart, result.consistency)
-unit = 1 if sys.platform == "darwin" else 1024
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-print(json.dumps({"peak": peak, "clipped": result.clipped, "tile": result.tile}))
+print(json.dumps({"peak": peak_bytes(), "clipped": result.clipped, "tile": result.tile}))
 """
+)
 
 
 class Job(NamedTuple):
