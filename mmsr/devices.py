@@ -126,9 +126,8 @@ def make_fabric(device: str = "auto", devices: int = 1, precision: Precision = "
     if chosen.type == "cuda":
         torch.backends.cudnn.benchmark = True  # all batches of a run have one shape
     single = [chosen.index or 0] if chosen.type == "cuda" else 1
-    logging.getLogger("lightning_fabric").setLevel(
-        logging.WARNING
-    )  # it announces what was asked for
+    # At its usual level it announces what was asked for.
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The `srun` command is available")
         fabric = Fabric(
