@@ -34,11 +34,12 @@ from mmsr.preprocess import (
     Window,
     lung_mask,
     micro_window,
-    read_mask,
     specimen_mask,
 )
 from .super_resolve import block_mean
-from .volume import Volume, read_volume, resample_in_plane, write_volume
+from .reading import read_mask, read_volume
+from .volume import Volume, resample_in_plane
+from .writing import write_volume
 
 # %% ../nbs/54_cases.ipynb #6315fee8
 NonEmpty = Annotated[str, pydantic.Field(min_length=1)]

@@ -50,12 +50,13 @@ from .metrics import SliceMeasures, enlarge_nearest, measure_slice
 from .mmsr_loss import MMSRTerms
 from .patches import PatchBank, open_bank
 from .preprocess import CLINICAL_WINDOW, lung_mask
+from .reading import read_volume
 from .run_folder import RunFolder, read_history
 from .sr_cyclegan import SRCycleGANSettings, cyclegan_settings, train_sr_cyclegan
 from .sr_unit import SRUNITSettings, train_sr_unit, unit_settings
 from .super_resolve import enlarge_bicubic
 from .training import Baseline, Preset, TrainedRun, check_sizes, diagnose
-from .volume import read_volume, sr_geometry
+from .volume import sr_geometry
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -116,8 +117,10 @@ class SuperResolveSettings(Settings):
     scan: str | None = None
     slices: tuple[int, int] | None = None
     lung_only: bool = False
+    exact_means: bool = False
     tile: pydantic.PositiveInt | None = None
     device: str = "auto"
+    precision: Literal["32", "bf16"] = "32"
     threads: pydantic.NonNegativeInt = 0
 
     @pydantic.model_validator(mode="after")

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from .core import RESEARCH_ONLY, RangeError, SettingsError, ShapeError, add_scale_bar
 from .run_folder import read_history
-from .super_resolve import SRResult, block_mean
+from .super_resolve import SRSlice, block_mean
 from .volume import Volume
 
 # %% ../nbs/51_figures.ipynb #05acb265
@@ -208,16 +208,16 @@ def _draw_consistency(ax: Any, values: np.ndarray, spacing_mm: float, limit_hu: 
 
 
 def overview(
-    volume: Volume, result: SRResult, *, title: str | None = None, panel_in: float = 3.4
+    volume: Volume, one: SRSlice, *, title: str | None = None, panel_in: float = 3.4
 ) -> Figure:
-    """Draw the middle slice of a job: input, SR, a detail of both, and the consistency map.
+    """Draw one slice of a job: SR, a detail of input and SR, and the consistency map.
 
     Parameters
     ----------
     volume : Volume
         The clinical input.
-    result : SRResult
-        What `super_resolve` made of it.
+    one : SRSlice
+        What `super_resolve_slices` made of one of its slices.
     title : str, optional
         Must say phantom or patient; by default patient data, unless the volume's notes say phantom.
     panel_in : float
@@ -226,14 +226,13 @@ def overview(
     Returns
     -------
     Figure
-        At most four panels: the slice, the same detail twice, the map if there is one.
+        Four panels.
     """
     if title is None:
         phantom = any("phantom" in note.lower() for note in volume.notes)
         title = "phantom" if phantom else "patient data"
     _check_title(title)
-    z = len(volume.array) // 2
-    low, high = volume.array[z], result.volume.array[z]
+    low, high = volume.array[one.z], one.sr
     scale, step = high.shape[1] // low.shape[1], volume.spacing_mm[2]
     side = max(min(round(30 / step), *(n // 2 for n in low.shape)), 1)
     top, left = _busiest(low, side)
@@ -242,13 +241,12 @@ def overview(
     half = scale // max(scale // 2, 1)
     coarse = block_mean(high, scale // half)  # a panel has fewer pixels than the slice
     panels = [
-        (coarse, f"SR, slice {z + 1} of {len(volume.array)}", step / half),
+        (coarse, f"SR, slice {one.z + 1} of {len(volume.array)}", step / half),
         (low[detail], "detail, input", step),
         (high[fine], "detail, SR", step / scale),
     ]
-    count = 4 if result.consistency is not None else 3
-    size_in = (panel_in * count, panel_in + 0.5)
-    figure, axes = plt.subplots(1, count, figsize=size_in, dpi=80, layout="constrained")
+    size_in = (panel_in * 4, panel_in + 0.5)
+    figure, axes = plt.subplots(1, 4, figsize=size_in, dpi=80, layout="constrained")
     for ax, (image, name, pixel_mm) in zip(axes, panels, strict=False):
         ax.imshow(image, cmap="gray", vmin=LUNG_WINDOW[0], vmax=LUNG_WINDOW[1])
         ax.set(xticks=[], yticks=[])
@@ -256,9 +254,8 @@ def overview(
         add_scale_bar(ax, pixel_mm, image.shape[1])
     frame = plt.Rectangle((left * half, top * half), side * half, side * half, fill=False, ec="C1")
     axes[0].add_patch(frame)
-    if result.consistency is not None:
-        shown = _draw_consistency(axes[3], np.abs(result.consistency.array[z]), step, 100.0)
-        figure.colorbar(shown, ax=axes[3], shrink=0.7, extend="max", label="HU")
+    shown = _draw_consistency(axes[3], np.abs(one.apart), step, 100.0)
+    figure.colorbar(shown, ax=axes[3], shrink=0.7, extend="max", label="HU")
     figure.suptitle(f"{title}; {_range_hu(LUNG_WINDOW)}. {RESEARCH_ONLY}", fontsize=11)
     plt.close(figure)
     return figure

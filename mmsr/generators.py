@@ -31,7 +31,6 @@ from mmsr.layers import (
     initialise,
     lay_out,
     make_norm,
-    shuffle_halo,
 )
 
 # %% ../nbs/11_generators.ipynb #94f97bb3
@@ -56,8 +55,7 @@ class G1Settings(Settings):
     scale : {2, 4, 8, 16}
         Linear ratio of the two grids.
     norm : {"instance", "none", "channel"}
-        Normalisation: everywhere, nowhere, or within the branches of the residual blocks; only the
-        last two let tiles agree with the whole slice.
+        Normalisation: everywhere, nowhere, or within the branches of the residual blocks.
     skip : bool
         Add the enlarged input before tanh (R19).
     noise : bool
@@ -229,134 +227,112 @@ class SRGenerator(nn.Module):
         )
 
     @property
-    def halo(self) -> int:
-        """Clinical pixels around a tile that `upsample` needs to make the tile's own pixels.
-
-        The skip's bicubic enlargement reaches two.
-        """
-        least = 2 if self.settings.skip else 0
-        return max(shuffle_halo(len(self.up), self.settings.up_kernel, self.last.reach), least)
-
-    @property
-    def features(self) -> int:
-        """Channels of what `body` returns, without noise."""
-        return self.settings.channels
-
-    @property
-    def tiles_agree(self) -> bool:
-        """Whether a tile with its halo gives the same pixels as the whole slice."""
-        return self.settings.norm != "instance"
-
-    @property
     def noise_channels(self) -> int:
         """Channels of noise behind those of the features: all pixels of all finer grids."""
         return sum(4 ** (i + 1) for i in range(len(self.up))) if self.settings.noise else 0
 
-    def body(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Turn clinical patches into features.
+    @property
+    def least(self) -> int:
+        """Shortest side of a patch: a mirror needs something to reflect."""
+        return max(self.settings.head_kernel, self.settings.up_kernel) // 2 + 1
+
+    def noise_of(self, x: Tensor, noise: Tensor | None = None) -> Tensor | None:
+        """Draw the noise for a batch, or check what is given.
 
         Parameters
         ----------
         x : Tensor, shape (b, 1, h, w)
-            Clinical patches in [−1, 1].
+            Clinical patches.
         noise : Tensor, shape (b, noise_channels, h, w), optional
             White noise. Without it training draws from torch's global generator, and evaluation
             lets each slice decide its own.
 
         Returns
         -------
-        Tensor, shape (b, features + noise_channels, h, w)
-            Features on the same grid; the noise of all finer grids travels behind them as further
-            channels, so that a tile is cut with its own.
+        Tensor or None
+            All pixels of all finer grids as channels; None for a network without noise.
 
         Raises
         ------
         ShapeError
-            If `x` or `noise` has another shape.
+            If `noise` has another shape.
         """
-        features, noise = self._features(x), self._noise(x, noise)
-        return features if noise is None else torch.cat([features, noise.to(features.dtype)], 1)
-
-    def _features(self, x: Tensor) -> Tensor:
-        """Run all layers on the clinical grid."""
-        kernel = max(self.settings.head_kernel, self.settings.up_kernel)
-        check_image("x", x, least=kernel // 2 + 1)  # a mirror needs something to reflect
-        return self.neck(self.blocks(self.head(x)))
-
-    def _noise(self, x: Tensor, noise: Tensor | None) -> Tensor | None:
-        """Check the noise that is given, or draw it."""
         if not self.settings.noise:
             return None
         shape = (self.noise_channels, *x.shape[2:])
         if noise is None and self.training:  # whatever the default type is, the same numbers
             noise = torch.randn(len(x), *shape, device=x.device, dtype=torch.float32)
         elif noise is None:
-            noise = torch.stack([_slice_noise(one, shape) for one in x]).to(x.device)
+            noise = torch.empty(len(x), *shape, dtype=torch.float32)
+            for own, one in zip(noise, x, strict=True):
+                _slice_noise(one, own)
+            noise = noise.to(x.device)
         elif noise.shape != (len(x), *shape):
             raise ShapeError(f"noise: expected {(len(x), *shape)}, got {tuple(noise.shape)}")
         return noise
 
-    def _up(self, features: Tensor, noise: Tensor | None) -> Tensor:
-        """Run the up blocks, adding to each its share of the noise."""
-        for i, block in enumerate(self.up):
-            features = block(features)
-            if noise is not None:
-                here, noise = noise.to(features.dtype).tensor_split([4 ** (i + 1)], 1)
-                field = F.pixel_shuffle(here, 2 ** (i + 1))
-                if i + 1 == len(self.up):  # the last block leaves four phases as channels
-                    field = F.pixel_unshuffle(field, 2)
-                phases = features.unflatten(1, (-1, field.shape[1]))
-                strength = self.strength[i].view(-1, 1, 1, 1)
-                features = phases.addcmul(field[:, None], strength.to(features.dtype)).flatten(1, 2)
-        return features
-
-    def upsample(self, features: Tensor, x: Tensor) -> Tensor:
-        """Turn features into µCT patches.
+    def add_noise(self, i: int, features: Tensor, field: Tensor) -> Tensor:
+        """Add noise to what an up block made, as strongly as each channel has learned.
 
         Parameters
         ----------
-        features : Tensor, shape (b, features + noise_channels, h, w)
-            From `body`, whole or cut to a tile with its halo.
+        i : int
+            Which up block.
+        features : Tensor, shape (b, c, h, w)
+            Behind it; of the last one the four phases are still channels.
+        field : Tensor, shape (b, 1, h, w), behind the last block (b, 1, 2h, 2w)
+            White noise on the block's finer grid.
+
+        Returns
+        -------
+        Tensor, shape (b, c, h, w)
+        """
+        if i + 1 == len(self.up):
+            field = F.pixel_unshuffle(field, 2)
+        phases = features.unflatten(1, (-1, field.shape[1]))
+        strength = self.strength[i].view(-1, 1, 1, 1)
+        return phases.addcmul(field[:, None], strength.to(features.dtype)).flatten(1, 2)
+
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Enlarge a batch.
+
+        Parameters
+        ----------
         x : Tensor, shape (b, 1, h, w)
-            The clinical patches, cut in the same way.
+            Clinical patches in [−1, 1].
+        noise : Tensor, optional
+            As in `noise_of`.
 
         Returns
         -------
         Tensor, shape (b, 1, scale·h, scale·w)
-            In [−1, 1], of the type of `x`. Near a cut side, `halo` × scale pixels are not final.
-        """
-        _check_grid(features, x)
-        features, noise = features.tensor_split([self.settings.channels], 1)
-        return self._image(features, noise if self.settings.noise else None, x)
+            In [−1, 1], of the type of `x`.
 
-    def _image(self, features: Tensor, noise: Tensor | None, x: Tensor) -> Tensor:
-        """Run all layers on finer grids."""
+        Raises
+        ------
+        ShapeError
+            If `x` or `noise` has another shape.
+        """
+        check_image("x", x, least=self.least)
+        features, noise = self.neck(self.blocks(self.head(x))), self.noise_of(x, noise)
+        for i, block in enumerate(self.up):
+            features = block(features)
+            if noise is not None:
+                here, noise = noise.to(features.dtype).tensor_split([4 ** (i + 1)], 1)
+                features = self.add_noise(i, features, F.pixel_shuffle(here, 2 ** (i + 1)))
         # From here on in the type of x: half precision would show as steps in the grey level.
-        correction = self.last(self._up(features, noise)).to(x.dtype)
+        correction = self.last(features).to(x.dtype)
         if not self.settings.skip:
             return torch.tanh(correction)
         return add_inside_tanh(
             correction, F.interpolate(x, scale_factor=self.settings.scale, mode="bicubic")
         )
 
-    def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        return self._image(self._features(x), self._noise(x, noise), x)
 
-
-def _check_grid(features: Tensor, x: Tensor) -> None:
-    """Refuse features and patches of different grids."""
-    if features.shape[2:] != x.shape[2:]:
-        raise ShapeError(
-            f"features: expected the grid of x, {tuple(x.shape[2:])}, "
-            f"got {tuple(features.shape[2:])}; cut both in the same way"
-        )
-
-
-def _slice_noise(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Draw noise decided by the slice itself; any change of it, a crop too, draws anew."""
+def _slice_noise(x: Tensor, out: Tensor) -> None:
+    """Fill with noise decided by the slice itself; any change of it, a crop too, draws anew."""
     seed = zlib.crc32(x.detach().float().cpu().contiguous().numpy().tobytes())
-    draw = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=draw, dtype=torch.float32)
+    out.normal_(generator=torch.Generator().manual_seed(seed))
 
 # %% ../nbs/11_generators.ipynb #354fbe7c
 class ReferenceGenerator(nn.Module):
@@ -393,59 +369,32 @@ class ReferenceGenerator(nn.Module):
         self.gain = min(n / width, 1.0)  # Adam's step of the sum grows with its channels
 
     @property
-    def features(self) -> int:
-        """Channels of what `body` returns."""
-        return self.settings.channels * self.settings.enlarged**2
+    def least(self) -> int:
+        """Shortest side of an image: a mirror needs something to reflect, on every grid."""
+        s = self.settings
+        return max(-(-5 // s.enlarged), 4 * s.scale if s.octaves < 0 else 1)
 
-    @property
-    def halo(self) -> int:
-        """Clinical pixels around a tile that `upsample` needs to make the tile's own pixels.
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Turn images into images, of scale·h by scale·w pixels or, with halvings, of h/scale by
+        w/scale.
 
-        An odd pixel of a transposed convolution reads its coarse pixel and the next.
-        """
-        low, high = -3, self.settings.scale - 1 + 3  # of the last kernel, 7×7
-        for _ in range(self.settings.octaves):
-            low, high = low // 2, (high + 1) // 2
-        return max(-(low // self.settings.enlarged), high // self.settings.enlarged)
-
-    @property
-    def tiles_agree(self) -> bool:
-        """Whether a tile with its halo gives the same pixels as the whole slice."""
-        return self.settings.norm != "instance" and self.settings.octaves >= 0
-
-    def body(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Turn images into features: all layers up to the second doubling.
-
-        Parameters and errors as in `SRGenerator.body`; noise is not used. Before halvings the
-        sides of `x` are multiples of `scale`. A finer grid than that of `x` is folded into channels.
+        Parameters and errors as in `SRGenerator.forward`; noise is not used. Before halvings the
+        sides of `x` are multiples of `scale`.
         """
         s = self.settings
         ratio = 2 ** max(-s.octaves, 0)  # of input to output
-        check_image("image", x, least=max(-(-5 // s.enlarged), 4 * ratio if ratio > 1 else 1))
+        check_image("image", x, least=self.least)
         if x.shape[2] % ratio or x.shape[3] % ratio:
             raise ShapeError(
                 f"image: expected sides that are multiples of {ratio}, "
                 f"got {x.shape[2]}x{x.shape[3]}"
             )
-        if s.enlarged > 1:
-            x = F.interpolate(x, scale_factor=s.enlarged, mode="bicubic")
-        h, w = x.shape[2:]
+        image = F.interpolate(x, scale_factor=s.enlarged, mode="bicubic") if s.enlarged > 1 else x
+        h, w = image.shape[2:]
         if h % 4 or w % 4:
-            x = F.pad(x, (0, -w % 4, 0, -h % 4), mode="reflect")
-        features = self.up(self.blocks(self.down(self.head(x))))[..., :h, :w]
-        return F.pixel_unshuffle(features, s.enlarged) if s.enlarged > 1 else features
-
-    def upsample(self, features: Tensor, x: Tensor) -> Tensor:
-        """Turn features into images, of scale·h by scale·w pixels or, with halvings, of h/scale
-        by w/scale; the rest as in `SRGenerator.upsample`.
-        """
-        _check_grid(features, x)
-        if self.settings.enlarged > 1:
-            features = F.pixel_shuffle(features, self.settings.enlarged)
+            image = F.pad(image, (0, -w % 4, 0, -h % 4), mode="reflect")
+        features = self.up(self.blocks(self.down(self.head(image))))[..., :h, :w]
         return torch.tanh(self.last(self.tail(features)).to(x.dtype) * self.gain)
-
-    def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        return self.upsample(self.body(x, noise), x)
 
 # %% ../nbs/11_generators.ipynb #c4c517b0
 class ShrinkGenerator(nn.Module):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Norm', 'InstanceNorm', 'ChannelNorm', 'make_norm', 'mirror', 'Convolution', 'convolution', 'check_image', 'PReLU',
            'ResidualBlock', 'shuffle', 'UpBlock', 'UpConvolution', 'DownBlock', 'fold_kernel', 'FoldedConvolution',
-           'shuffle_halo', 'icnr_', 'interpolating_', 'initialise', 'lay_out']
+           'icnr_', 'interpolating_', 'initialise', 'lay_out']
 
 # %% ../nbs/10_layers.ipynb #4d653225
 import math
@@ -147,7 +147,10 @@ class Convolution(nn.Conv2d):
         self.reach, self.full = reach, full
 
     def forward(self, x: Tensor) -> Tensor:
-        x = mirror(x, self.reach)
+        return self.inside(mirror(x, self.reach))
+
+    def inside(self, x: Tensor) -> Tensor:
+        """Convolve maps that were continued before, or cut from larger ones."""
         if not self.full:
             return super().forward(x)
         with _no_autocast(x):
@@ -397,38 +400,13 @@ class FoldedConvolution(nn.Module):
         self.reach = (kernel // 2 + 1) // 2
 
     def forward(self, x: Tensor) -> Tensor:
-        x = mirror(x, self.reach)
+        return F.pixel_shuffle(self.inside(mirror(x, self.reach)), 2)
+
+    def inside(self, x: Tensor) -> Tensor:
+        """Give the four phases, of maps that were continued before or cut from larger ones."""
         # Always in the type of the weights: half precision would show as steps in the grey level.
         with _no_autocast(x):
-            phases = F.conv2d(
-                x.to(self.weight.dtype), fold_kernel(self.weight), self.bias.expand(4)
-            )
-        return F.pixel_shuffle(phases, 2)
-
-# %% ../nbs/10_layers.ipynb #42379319
-def shuffle_halo(stages: int, up_kernel: int, reach: int) -> int:
-    """Count the coarse pixels around a tile that decide the tile's own fine pixels.
-
-    Parameters
-    ----------
-    stages : int
-        Up blocks, the last one unshuffled with a `FoldedConvolution` behind it.
-    up_kernel : int
-        Side of their kernels.
-    reach : int
-        `FoldedConvolution.reach`.
-
-    Returns
-    -------
-    int
-        Width of the halo; 0 without any stage.
-    """
-    low, high = -reach, 2 ** max(stages - 1, 0) - 1 + reach
-    for i in reversed(range(stages)):
-        if i + 1 < stages:
-            low, high = low // 2, high // 2
-        low, high = low - up_kernel // 2, high + up_kernel // 2
-    return max(-low, high) if stages else 0
+            return F.conv2d(x.to(self.weight.dtype), fold_kernel(self.weight), self.bias.expand(4))
 
 # %% ../nbs/10_layers.ipynb #94bf7859
 def icnr_(weight: Tensor, generator: torch.Generator, std: float) -> None:

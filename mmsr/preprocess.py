@@ -4,19 +4,18 @@
 
 # %% auto #0
 __all__ = ['AIR_LEVEL', 'TISSUE_LEVEL', 'CLINICAL_WINDOW', 'LUMEN_HU', 'GAS_HU', 'LUMEN_MM2', 'Window', 'micro_window',
-           'lung_mask', 'specimen_mask', 'read_mask']
+           'lung_mask', 'specimen_mask']
 
 # %% ../nbs/03_preprocess.ipynb #1efaed02
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import ndimage
 
-from .core import GeometryError, RangeError, SettingsError
-from .volume import AIR_HU, Volume, read_volume
+from .core import RangeError, SettingsError
+from .volume import AIR_HU, Volume
 
 # %% ../nbs/03_preprocess.ipynb #c4128b7a
 AIR_LEVEL = -0.8
@@ -212,46 +211,76 @@ GAS_HU = -950.0  # below it there is more gas than even emphysema has on average
 LUMEN_MM2 = (50.0, 900.0)  # 8 to 34 mm across: trachea and main bronchi, but no lobe's
 
 
-def _edges(labels: np.ndarray) -> np.ndarray:
-    """Return the labels along the frame of a slice."""
-    return np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
+def _open(plane: np.ndarray) -> np.ndarray:
+    """Return the part of a slice's mask that hangs together with the frame."""
+    import fill_voids
+
+    return ~fill_voids.fill(~plane, in_place=True)
+
+
+def _joined(pairs: Sequence[tuple[int, int]], n: int) -> np.ndarray:
+    """Return for each of `n` regions the lowest one that it is joined with by the pairs."""
+    low = list(range(n))
+
+    def lowest(i: int) -> int:
+        while low[i] != i:
+            low[i] = low[low[i]]
+            i = low[i]
+        return i
+
+    for pair in pairs:
+        a, b = sorted(map(lowest, pair))
+        low[b] = a
+    return np.array([lowest(i) for i in range(n)])
 
 
 def _airlike(array: np.ndarray, threshold_hu: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return what is below the threshold, without the air around the body; and what the frame cuts."""
+    """Return what is below the threshold, without air around the body, and what the frame cuts."""
     import cc3d
 
     air = array < threshold_hu
-    frame = np.zeros(array.shape, bool)
-    for values, plane, touching in zip(array, air, frame, strict=True):
-        labels = cc3d.connected_components(values == AIR_HU, connectivity=4)
-        solid = np.bincount(labels.ravel()) > 100  # noise meets one value by the pixel
-        solid[np.setdiff1d(np.arange(len(solid)), _edges(labels))] = False
-        solid[0] = False
-        padding = solid[labels]
-        plane &= ~padding
-        labels = cc3d.connected_components(plane, connectivity=4)
-        hit = np.zeros(int(labels.max()) + 1, bool)
-        hit[_edges(labels)] = True
-        for here, there in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
-            hit[labels[here][padding[there]]] = hit[labels[there][padding[here]]] = True
-        hit[0] = False
-        touching[:] = hit[labels]
-    labels, n = cc3d.connected_components(frame, connectivity=6, return_N=True)
-    size, dark = np.zeros((2, n + 1), np.int64)
+    regions: list[np.ndarray] = []  # of each slice, numbered through the slices by `first`
+    first, size, dark = [0], [], []
+    pairs: list[tuple[int, int]] = []
     rows, columns = (side // 4 * 4 for side in array.shape[1:])
-    for plane, values in zip(labels, array, strict=True):
+    sampled = np.s_[2:rows:4, 2:columns:4]
+    for values, plane in zip(array, air, strict=True):
+        cut = _open(plane)
+        plane &= ~_open(cut & (values == AIR_HU))  # padding
+        labels, n = cc3d.connected_components(cut & plane, connectivity=4, return_N=True)
+        labels = labels.astype(np.min_scalar_type(n))
         # the mean along blocks of 4 × 4: the noise of a sharp kernel would hide the difference
         mean = sum(values[k:rows:4, k:columns:4].astype(np.int32) for k in range(4)) / 4
-        plane = plane[2:rows:4, 2:columns:4]
-        size += np.bincount(plane.ravel(), minlength=n + 1)
-        dark += np.bincount(plane[mean < GAS_HU], minlength=n + 1)
-    surrounds = dark > 0.65 * size  # what is cut by the frame but is lung stays
-    surrounds[0] = False
-    outside = surrounds[labels]
-    air &= ~outside
-    frame &= ~outside
+        now = labels[sampled].astype(np.int64)
+        size.append(np.bincount(now.ravel(), minlength=n + 1))
+        dark.append(np.bincount(now[mean < GAS_HU], minlength=n + 1))
+        if regions:  # one region with that of the slice before where they overlap
+            before = regions[-1][sampled]
+            overlap = (before > 0) & (now > 0)
+            both = np.unique(before[overlap] * np.int64(n + 1) + now[overlap])
+            pairs += zip(first[-2] + both // (n + 1), first[-1] + both % (n + 1), strict=True)
+        regions.append(labels)
+        first.append(first[-1] + n + 1)
+    joined = _joined(pairs, first[-1])
+    total, gas = (np.bincount(joined, np.concatenate(count)) for count in (size, dark))
+    lung = (gas < 0.65 * total)[joined]  # what is cut by the frame but is lung stays
+    lung[first[:-1]] = False
+    frame = np.zeros(array.shape, bool)
+    for z, labels in enumerate(regions):
+        air[z] &= labels == 0
+        if lung[first[z] : first[z + 1]].any():
+            frame[z] = np.take(lung[first[z] :], labels)
+            air[z] |= frame[z]
     return air, frame
+
+
+def _box(mask: np.ndarray, pad: Sequence[int] = (0, 0, 0)) -> tuple[slice, ...]:
+    """Return the smallest box around a mask, padded as far as the image goes."""
+    box = []
+    for axis, extra in zip(range(mask.ndim), pad, strict=False):
+        hit = np.flatnonzero(mask.any(tuple(k for k in range(mask.ndim) if k != axis)))
+        box.append(slice(max(hit[0] - extra, 0), hit[-1] + 1 + extra))
+    return tuple(box)
 
 
 def _airways(
@@ -262,51 +291,51 @@ def _airways(
 
     dz, dy, dx = spacing_mm
     found = np.zeros(array.shape, bool)
+    regions, counts = [], []
     for z, plane in enumerate(array):
-        labels = cc3d.connected_components((plane < LUMEN_HU) & air[z], connectivity=4)
-        shapes = cc3d.statistics(labels)
-        area = shapes["voxel_counts"] * (dy * dx)
+        dark = (plane < LUMEN_HU) & air[z]
+        labels, n = cc3d.connected_components(dark, connectivity=4, return_N=True)
+        regions.append(labels.astype(np.min_scalar_type(n)))
+        counts.append(np.bincount(labels.ravel()))
+        area = counts[-1] * (dy * dx)
         area[0] = 0
         for i in np.flatnonzero((area > LUMEN_MM2[0]) & (area < LUMEN_MM2[1])):
-            box = shapes["bounding_boxes"][i][:2]
-            height, width = (box[0].stop - box[0].start) * dy, (box[1].stop - box[1].start) * dx
-            inside = labels[box] == i
-            cut = 0 in (box[0].start, box[1].start) or box[0].stop == plane.shape[0]
-            cut |= box[1].stop == plane.shape[1]  # by the frame: who knows how it goes on
+            inside = labels == i
+            rows, columns = _box(inside)
+            height, width = (rows.stop - rows.start) * dy, (columns.stop - columns.start) * dx
+            cut = 0 in (rows.start, columns.start) or rows.stop == plane.shape[0]
+            cut |= columns.stop == plane.shape[1]  # by the frame: who knows how it goes on
             compact = (
                 not cut
                 and area[i] > height * width / 2
                 and max(height, width) < 2.2 * min(height, width)
             )
-            if compact and plane[box][inside].mean() < -850:
-                found[z][box] |= inside
-    labels, n = cc3d.connected_components(found, connectivity=26, return_N=True)
-    boxes = cc3d.statistics(labels)["bounding_boxes"]
-    least = min(16 / dz, 0.6 * len(array))  # a tube goes on; the tip of a lung does not
-    tube = np.array([i > 0 and boxes[i][0].stop - boxes[i][0].start >= least for i in range(n + 1)])
-    found = tube[labels]
+            if compact and plane[inside].mean() < -850:
+                found[z] |= inside
+    if not found.any():
+        return found
+    box = _box(found)
+    labels, n = cc3d.connected_components(found[box], connectivity=26, return_N=True)
+    length = np.zeros(n + 1, np.int64)
+    for part in labels:
+        length += np.bincount(part.ravel(), minlength=n + 1) > 0
+    tube = length >= min(16 / dz, 0.6 * len(array))  # it goes on; the tip of a lung does not
+    tube[0] = False
+    for plane, part in zip(found[box], labels, strict=True):
+        plane[:] = np.take(tube, part)
     # where a bronchus leaves the slice's plane its section is long: follow it from its neighbours
     for step in (1, -1):
         for z in range(len(array))[::step][1:]:
             last = found[z - step]
             if last.any():
-                labels = cc3d.connected_components((array[z] < LUMEN_HU) & air[z], connectivity=4)
-                pixels = np.bincount(labels.ravel())
-                shared = np.bincount(labels[last], minlength=len(pixels))
+                pixels = counts[z]
+                shared = np.bincount(regions[z][last], minlength=len(pixels))
                 follows = shared > 0.25 * np.minimum(pixels, last.sum())
                 follows &= pixels * (dy * dx) < LUMEN_MM2[1]
                 follows[0] = False
-                found[z] |= follows[labels]
+                for i in np.flatnonzero(follows):
+                    found[z] |= regions[z] == i
     return found
-
-
-def _box(mask: np.ndarray, pad: Sequence[int] = (0, 0, 0)) -> tuple[slice, ...]:
-    """Return the smallest box around a mask, padded as far as the image goes."""
-    box = []
-    for axis in range(3):
-        hit = np.flatnonzero(mask.any(tuple({0, 1, 2} - {axis})))
-        box.append(slice(max(hit[0] - pad[axis], 0), hit[-1] + 1 + pad[axis]))
-    return tuple(box)
 
 
 def _away(mask: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
@@ -316,15 +345,20 @@ def _away(mask: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
     return edt.edt(mask, anisotropy=tuple(spacing_mm), black_border=False, parallel=2)
 
 
-def _coarse(spacing_mm: tuple[float, float, float]) -> tuple[int, tuple[float, float, float]]:
-    """Return a step in plane that comes near a millimetre, and the grid that it leaves."""
-    step = 2 if max(spacing_mm[1:]) < 0.8 else 1
-    return step, (spacing_mm[0], spacing_mm[1] * step, spacing_mm[2] * step)
+def _coarse(
+    mask: np.ndarray, spacing_mm: Sequence[float]
+) -> tuple[np.ndarray, list[int], list[float]]:
+    """Take every second voxel along axes of a millimetre or less; return the steps and new sides."""
+    steps = [2 if side <= 1 else 1 for side in spacing_mm]
+    taken = mask[tuple(slice(None, None, step) for step in steps)]
+    return taken, steps, [side * step for side, step in zip(spacing_mm, steps, strict=True)]
 
 
-def _fine(coarse: np.ndarray, step: int, shape: tuple[int, ...]) -> np.ndarray:
+def _fine(coarse: np.ndarray, steps: Sequence[int], shape: Sequence[int]) -> np.ndarray:
     """Repeat a coarse mask to the shape of the fine one."""
-    return coarse.repeat(step, 1).repeat(step, 2)[:, : shape[1], : shape[2]]
+    for axis, step in enumerate(steps):
+        coarse = coarse.repeat(step, axis)
+    return coarse[tuple(slice(n) for n in shape)]
 
 
 def _lungs_of(
@@ -333,11 +367,10 @@ def _lungs_of(
     """Return one lung, or two that touch, parted where they are thin; none for gas in the bowel."""
     import cc3d
 
-    step, grid = _coarse(spacing_mm)
-    coarse = piece[:, ::step, ::step]
+    coarse, steps, grid = _coarse(piece, spacing_mm)
     depth = _away(coarse, grid)
     core = depth > 2.5
-    if core.any() and array[:, ::step, ::step][core].mean() < GAS_HU - 15:
+    if core.any() and _coarse(array, spacing_mm)[0][core].mean() < GAS_HU - 15:
         return []  # away from its wall, gas is as dark as air
     for neck_mm in (1.0, 2.0, 3.0, 4.5):
         labels = cc3d.connected_components(depth > neck_mm, connectivity=6)
@@ -345,7 +378,7 @@ def _lungs_of(
         order = np.argsort(size)[::-1] + 1
         if len(size) > 1 and size[order[1] - 1] > 0.2 * coarse.sum():
             first = _away(labels != order[0], grid) < _away(labels != order[1], grid)
-            first = _fine(first, step, piece.shape)
+            first = _fine(first, steps, piece.shape)
             return [piece & first, piece & ~first]
     return [piece]
 
@@ -357,8 +390,7 @@ def _closed(
     import cc3d
     import fill_voids
 
-    step, grid = _coarse(spacing_mm)
-    coarse = lung[:, ::step, ::step]
+    coarse, steps, grid = _coarse(lung, spacing_mm)
     # beyond the image's frame, a lung that it cuts goes straight on, and tissue stays tissue
     ends = []
     for axis, length in enumerate(grid):
@@ -366,9 +398,10 @@ def _closed(
         near = hit[0], coarse.shape[axis] - 1 - hit[-1]
         ends.append([max(0, int(closing_mm / length) + 2 - int(n)) for n in near])
     closed = _away(~np.pad(coarse, ends, "edge"), grid) <= closing_mm
-    closed = _away(closed, grid) > closing_mm + (step - 1) * spacing_mm[1] / 2  # no wider than lung
+    rim = max((step - 1) * side / 2 for step, side in zip(steps, spacing_mm, strict=True))
+    closed = _away(closed, grid) > closing_mm + rim  # no wider than lung
     closed = closed[tuple(slice(a, -b or None) for a, b in ends)]
-    closed = fill_voids.fill(_fine(closed, step, lung.shape) | lung)
+    closed = fill_voids.fill(_fine(closed, steps, lung.shape) | lung)
     for plane in closed:  # large holes of a slice are the dome of the diaphragm: they stay
         holes = fill_voids.fill(plane) & ~plane
         if holes.any():
@@ -415,9 +448,9 @@ def lung_mask(
     """
     import cc3d
 
-    array, spacing = volume.array, volume.spacing_mm
     if volume.unit != "HU":
         raise RangeError(f"volume: expected HU, got {volume.unit}; use specimen_mask for µCT")
+    array, spacing = np.asarray(volume.array), volume.spacing_mm
     air, cut = _airlike(array, threshold_hu)
     mask = np.zeros(array.shape, bool)
     pad = [int(closing_mm / step) + 2 for step in spacing]
@@ -425,29 +458,28 @@ def lung_mask(
         whole = _box(air, pad)
         air, cut, array, inner = air[whole], cut[whole], array[whole], mask[whole]  # views
         airways = _airways(array, air, spacing)
+        pipes: tuple[slice, ...] = (slice(0),)
         if airways.any():
-            step, grid = _coarse(spacing)
-            wall = _away(~airways[:, ::step, ::step], grid) <= wall_mm
-            airways |= _fine(wall, step, air.shape)
-            air &= ~airways
-        labels = cc3d.connected_components(air, connectivity=6)
+            pipes = _box(airways, [int(wall_mm / side) + 2 for side in spacing])
+            lumen, steps, grid = _coarse(airways[pipes], spacing)
+            airways[pipes] |= _fine(_away(~lumen, grid) <= wall_mm, steps, airways[pipes].shape)
+            air[pipes] &= ~airways[pipes]
+        labels, n = cc3d.connected_components(air, connectivity=6, return_N=True)
         del air
-        shapes = cc3d.statistics(labels)
-        size = shapes["voxel_counts"].astype(np.int64)
+        size = np.zeros(n + 1, np.int64)
+        for part in labels:
+            size += np.bincount(part.ravel(), minlength=n + 1)
         size[0] = 0
-        least = np.full(len(size), 0.1)
+        least = np.full(n + 1, 0.1)
         if cut.any():
             least[labels[cut]] = 0.3  # a mattress is cut by the frame, too
         for i in np.flatnonzero(size > least * size.max()):
-            around = tuple(
-                slice(max(b.start - p, 0), b.stop + p)
-                for b, p in zip(shapes["bounding_boxes"][i], pad, strict=True)
-            )
-            piece = labels[around] == i
-            for lung in _lungs_of(piece, array[around], spacing):
+            piece = labels == i
+            around = _box(piece, pad)
+            for lung in _lungs_of(piece[around], array[around], spacing):
                 box = _box(lung, pad)
                 inner[around][box] |= _closed(lung[box], spacing, closing_mm, hole_mm2)
-        inner &= ~airways
+        inner[pipes] &= ~airways[pipes]
     if not mask.any():
         raise RangeError(
             f"volume: no lung found in {len(volume.array)} slices (nothing lung-like is below "
@@ -515,68 +547,4 @@ def specimen_mask(
             "volume: no specimen found (nowhere is the share of tissue above "
             f"{min_share:g}); give its window, or a mask file (read_mask)"
         )
-    for axis, step in enumerate(steps):
-        coarse = coarse.repeat(step, axis)
-    return coarse[tuple(slice(n) for n in volume.array.shape)]
-
-# %% ../nbs/03_preprocess.ipynb #62eed626
-def read_mask(path: str | Path, volume: Volume) -> np.ndarray:
-    """Read a mask of your own, and check that it lies on the volume's grid (R10).
-
-    Parameters
-    ----------
-    path : str or Path
-        NIfTI, NRRD or MetaImage of the volume's grid, or TIFF of its shape; above 0 is inside.
-        If the volume is a few slices of a scan, the mask may be that of the whole scan.
-    volume : Volume
-        What the mask is for.
-
-    Returns
-    -------
-    array of bool, shape (z, y, x)
-
-    Raises
-    ------
-    FileError
-        If the file cannot be read.
-    GeometryError
-        If it lies on another grid.
-    RangeError
-        If it has negative values, or nothing is inside.
-    """
-    path = Path(path)
-    bare = path.is_dir() or path.suffix.lower() in (".tif", ".tiff")  # TIFF does not say where
-    voxel_mm = volume.spacing_mm if bare else None
-    mask = read_volume(path, modality="micro", voxel_mm=voxel_mm, force=True)
-    count = len(volume.array)
-    first = 0.0
-    if not bare:
-        turn = np.reshape(volume.direction, (3, 3))
-        apart = turn.T @ np.subtract(volume.origin_mm, mask.origin_mm) / volume.spacing_mm[::-1]
-        first = round(float(apart[2]), 2)
-        same = np.allclose(mask.spacing_mm, volume.spacing_mm, rtol=1e-3)
-        same &= np.allclose(mask.direction, volume.direction, atol=1e-3)
-        if not same or first % 1 or np.abs(apart[:2]).max() > 0.02:
-            wanted, got = (
-                f"voxels of {np.round(v.spacing_mm, 4).tolist()} mm from "
-                f"{np.round(v.origin_mm, 3).tolist()}"
-                for v in (volume, mask)
-            )
-            raise GeometryError(
-                f"{path.name}: expected the volume's grid ({wanted}, its own axes), got {got}; "
-                "resample it"
-            )
-    start = int(first)
-    fits = mask.array.shape[1:] == volume.array.shape[1:] and start >= 0
-    if not fits or start + count > len(mask.array) or (bare and count != len(mask.array)):
-        raise GeometryError(
-            f"{path.name}: expected {volume.array.shape} voxels, got {mask.array.shape}; make it "
-            "from this volume"
-        )
-    values = mask.array[start : start + count]
-    if values.min() < 0 or values.max() <= 0:
-        raise RangeError(
-            f"{path.name}: expected 0 outside and 1 inside, got {values.min()} to {values.max()}; "
-            "an image is no mask, and an empty mask leaves nothing to do"
-        )
-    return values > 0
+    return _fine(coarse, steps, volume.array.shape)

@@ -26,7 +26,6 @@ from mmsr.layers import (
     initialise,
     lay_out,
     make_norm,
-    shuffle_halo,
 )
 
 # %% ../nbs/13_unit.ipynb #8b4d538e
@@ -163,26 +162,9 @@ class Decoder(nn.Module):
         )
         self.last: nn.Module
         if doublings:
-            self.last = last = FoldedConvolution(n >> doublings, settings.last_kernel)
-            self.halo = shuffle_halo(doublings, settings.up_kernel, last.reach)
+            self.last = FoldedConvolution(n >> doublings, settings.last_kernel)
         else:
             self.last = convolution(n, 1, settings.last_kernel, full=True)
-            self.halo = settings.last_kernel // 2
-
-    def paint(self, features: Tensor) -> Tensor:
-        """Do what follows the residual blocks, up to tanh.
-
-        Parameters
-        ----------
-        features : Tensor, shape (b, latent, h, w)
-            What the residual blocks made of a latent, whole or a tile of it.
-
-        Returns
-        -------
-        Tensor, shape (b, 1, h·2^doublings, w·2^doublings)
-            Unbounded.
-        """
-        return self.last(self.up(features))
 
     def forward(self, latent: Tensor) -> Tensor:
         """Decode a batch.
@@ -197,7 +179,7 @@ class Decoder(nn.Module):
         Tensor, shape (b, 1, h·2^doublings, w·2^doublings)
             In [−1, 1]; at least 32-bit, since half precision would show as steps in the grey level.
         """
-        image = self.paint(self.blocks(latent))
+        image = self.last(self.up(self.blocks(latent)))
         return torch.tanh(image.to(torch.promote_types(image.dtype, torch.float32)))
 
 # %% ../nbs/13_unit.ipynb #87eb321b
@@ -267,84 +249,36 @@ class UNITGenerator(nn.Module):
         self.decoder = networks.decode_y if networks else Decoder(settings, settings.halvings_y)
 
     @property
-    def _ratio(self) -> int:
-        """Sides of the latent's grid over those of the clinical one, at least 1."""
-        return max(self.settings.enlarged >> self.settings.halvings_x, 1)
+    def least(self) -> int:
+        """Shortest side of a patch."""
+        return -(-self.encoder.least // self.settings.enlarged)
 
-    @property
-    def features(self) -> int:
-        """Channels of what `body` returns."""
-        return self.settings.latent * self._ratio**2
-
-    @property
-    def halo(self) -> int:
-        """Clinical pixels around a tile that `upsample` needs to make the tile's own pixels."""
-        return -(-self.decoder.halo // self._ratio)
-
-    @property
-    def tiles_agree(self) -> bool:
-        """Whether a tile with its halo gives the same pixels as the whole slice."""
-        s = self.settings
-        return s.norm != "instance" and s.enlarged >= 2**s.halvings_x
-
-    def body(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Turn clinical patches into features: encoder and the decoder's residual blocks.
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Enlarge a batch.
 
         Parameters
         ----------
         x : Tensor, shape (b, 1, h, w)
-            Clinical patches in [−1, 1].
+            Clinical patches in [−1, 1]. Sides that the encoder cannot halve evenly are mirrored up
+            before, and the answer is cut.
         noise : Tensor, optional
             Not used; all generators are called alike.
 
         Returns
         -------
-        Tensor, shape (b, features, h, w)
-            Features on the clinical grid: a finer latent is folded into channels. If the latent's
-            grid is coarser, the sides are halved like the latent's, mirrored up before where needed.
+        Tensor, shape (b, 1, scale·h, scale·w)
+            In [−1, 1], of the type of `x`.
 
         Raises
         ------
         ShapeError
             If a side is too short.
         """
-        check_image("x", x, least=-(-self.encoder.least // self.settings.enlarged))
-        if self.settings.enlarged > 1:
-            x = F.interpolate(x, scale_factor=self.settings.enlarged, mode="bicubic")
-        step = 2**self.settings.halvings_x
-        bottom, right = (-side % step for side in x.shape[2:])
-        if bottom or right:
-            x = F.pad(x, (0, right, 0, bottom), mode="reflect")
-        features = self.decoder.blocks(self.encoder(x))
-        return F.pixel_unshuffle(features, self._ratio) if self._ratio > 1 else features
-
-    def upsample(self, features: Tensor, x: Tensor) -> Tensor:
-        """Turn features into µCT patches.
-
-        Parameters
-        ----------
-        features : Tensor, shape (b, features, h, w)
-            From `body`, whole, or cut to a tile with its halo where `tiles_agree`.
-        x : Tensor, shape (b, 1, h, w)
-            The clinical patches, cut in the same way.
-
-        Returns
-        -------
-        Tensor, shape (b, 1, scale·h, scale·w)
-            In [−1, 1], of the type of `x`. Near a cut side, `halo` × scale pixels are not final.
-        """
+        check_image("x", x, least=self.least)
         s = self.settings
-        step = max(2**s.halvings_x // s.enlarged, 1)
-        grid = tuple(-(-side // step) for side in x.shape[2:])
-        if features.shape[2:] != grid:
-            raise ShapeError(
-                f"features: expected the grid {grid} for this x, got {tuple(features.shape[2:])}; "
-                "cut both in the same way"
-            )
+        image = F.interpolate(x, scale_factor=s.enlarged, mode="bicubic") if s.enlarged > 1 else x
+        bottom, right = (-side % 2**s.halvings_x for side in image.shape[2:])
+        if bottom or right:
+            image = F.pad(image, (0, right, 0, bottom), mode="reflect")
         h, w = (side * s.scale for side in x.shape[2:])
-        if self._ratio > 1:
-            features = F.pixel_shuffle(features, self._ratio)
-        return torch.tanh(self.decoder.paint(features).to(x.dtype))[..., :h, :w]
-
-    def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        return self.upsample(self.body(x, noise), x)
+        return self.decoder(self.encoder(image)).to(x.dtype)[..., :h, :w]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -24,8 +25,10 @@ from mmsr.generator_files import GeneratorRecord, save_generator
 from mmsr.generators import G1Settings, build_g1
 from mmsr.phantom import clinical_case
 from mmsr.preprocess import CLINICAL_WINDOW, lung_mask
+from mmsr.reading import read_volume
 from mmsr.super_resolve import block_mean
-from mmsr.volume import Volume, read_volume, write_volume
+from mmsr.volume import Volume
+from mmsr.writing import write_volume
 
 REAL = os.environ.get("MMSR_REAL_DATA")
 BUNDLED = Path(mmsr.__file__).parent / "weights" / "phantom.safetensors"
@@ -181,7 +184,7 @@ def test_super_resolve_writes_volume_picture_and_map(
     map_hu = sitk.ReadImage(str(apart))
     assert map_hu.GetSize() == (48, 40, 2)
     np.testing.assert_allclose(map_hu.GetOrigin(), place.clinical.origin_mm, atol=1e-4)
-    wanted = np.abs(means - place.clinical.array)
+    wanted = means - place.clinical.array
     np.testing.assert_allclose(sitk.GetArrayFromImage(map_hu), wanted, atol=0.01)
     with Image.open(out / "sr.v1.png") as picture:
         picture.load()
@@ -255,7 +258,7 @@ REFUSALS = {
     "not a scan": ({"scan": "IN/small.safetensors"}, ["small.safetensors"]),
     "unknown suffix": ({"out": "OUT/a.tif"}, ["a.tif", ".mha"]),
     "no suffix": ({"out": "OUT/a"}, [".mha"]),
-    "nothing but a suffix": ({"out": "OUT/.mha"}, [".mha", "name"]),
+    "nothing but a suffix": ({"out": "OUT/.mha"}, [".mha", "ending"]),
     "missing folder": ({"out": "OUT/b/a.mha"}, ["folder does not exist"]),
     "folder is a file": ({"out": "IN/scan.nii.gz/a.mha"}, ["a.mha"]),
     "map in missing folder": ({"more": ["--consistency", "OUT/b/a.mha"]}, ["does not exist"]),
@@ -274,9 +277,11 @@ REFUSALS = {
     "weights, a folder": ({"weights": "IN"}, ["input"]),
     "weights, unset variable": ({"weights": "$MMSR_NOT_SET/w"}, ["MMSR_NOT_SET"]),
     "weights, a scan": ({"weights": "IN/scan.nii.gz"}, ["scan.nii.gz", "weights"]),
-    "instance norm in tiles": (
-        {"weights": "IN/instance.safetensors", "more": ["--tile", "8"]},
-        ["tile", "instance"],
+    "part that is none": ({"more": ["--part", "5/4"]}, ["part", "2/4"]),
+    "precision that is none": ({"more": ["--precision", "8"]}, ["precision", "8"]),
+    "map that DICOM cannot hold": (
+        {"more": ["--consistency", "OUT/m.dicom"]},
+        ["m.dicom", "float"],
     ),
     "missing mask": ({"more": ["--mask", "IN/none.nii"]}, ["none.nii"]),
     "mask, no mask": ({"more": ["--mask", "IN/copy.nii.gz"]}, ["copy.nii.gz", "mask"]),
@@ -409,6 +414,59 @@ def test_real_files_that_are_refused(
     assert content(out) == {}
 
 
+def test_the_plan_is_told_and_nothing_done(
+    place: Place, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = (place.scan, out / "a.ome.zarr", "--weights", place.weights, "--plan")
+    said = call(capsys, "super-resolve", *arguments)
+    assert said.code == 0
+    assert "48 x 40 x 2 voxels" in said.err
+    assert "384 x 320 x 2 voxels" in said.err
+    assert re.search(r"needs: .* of memory, up to .* of disk", said.err)
+    assert re.search(r"time: +about .* a slice", said.err)
+    assert content(out) == {}
+
+
+def test_parts_are_joined_by_a_last_call(
+    place: Place, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("super-resolve", place.scan, out / "a.nrrd", "--weights", place.weights)
+    for part in ("2/2", "1/2"):
+        said = call(capsys, *arguments, "--part", part)
+        assert said.code == 0
+        assert f"part {part[0]} of 2 is done" in said.out
+        assert not (out / "a.nrrd").exists()
+    assert call(capsys, *arguments).code == 0
+    overlays(sitk.ReadImage(str(out / "a.nrrd")), place.clinical)
+    assert sorted(p.name for p in out.iterdir()) == ["a.nrrd", "a.png"]
+
+
+def test_exact_means_and_maps(place: Place, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    maps = ("--consistency", out / "c.nrrd", "--uncertainty", out / "u.nrrd")
+    arguments = (place.scan, out / "a.nrrd", "--weights", place.weights, "--exact-means", *maps)
+    said = call(capsys, "super-resolve", *arguments)
+    assert said.code == 0
+    assert "+0.0 HU on average" in said.out
+    sr, spread = (
+        sitk.GetArrayFromImage(sitk.ReadImage(str(out / n))) for n in ("a.nrrd", "u.nrrd")
+    )
+    assert np.abs(block_mean(sr) - place.clinical.array).max() <= 0.5
+    assert spread.shape == sr.shape
+    assert spread.min() >= 0
+    assert spread.max() > 0
+
+
+def test_info_tells_and_draws(place: Place, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = call(capsys, "info", place.scan, "--picture", out / "info.png")
+    assert said.code == 0
+    assert "48 × 40 × 2" in said.out
+    with Image.open(out / "info.png") as picture:
+        picture.load()
+        assert min(picture.size) > 100
+    refused(call(capsys, "info", out / "nothing.nii"), "nothing.nii")
+    refused(call(capsys, "info", place.scan, "--picture", out / "a.jpg"), ".png")
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 1 MB, unmounted afterwards."""
@@ -425,12 +483,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("lacking", ["volume", "picture", "map"])
+@pytest.mark.parametrize("lacking", ["volume", "map"])
 def test_full_disk(
     place: Place, out: Path, small_disk: Path, capsys: pytest.CaptureFixture[str], lacking: str
 ) -> None:
-    """Room for nothing; for the volume (481 kB) and not for its picture; for all but the map."""
-    room_kb = {"volume": 200, "picture": 500, "map": 0}[lacking]
+    """No room for the volume (481 kB), or for the map: refused before anything is begun."""
+    room_kb = {"volume": 200, "map": 0}[lacking]
     (small_disk / "a.png").write_bytes(b"an earlier picture")
     (small_disk / "filler").write_bytes(bytes(1024 * (1024 - 4 - room_kb)))
     arguments = ["--weights", place.weights, "--overwrite"]
@@ -440,7 +498,7 @@ def test_full_disk(
         target.write_text("an earlier volume")
         arguments += ["--consistency", small_disk / "map.mha"]
     before = content(small_disk), content(out)
-    refused(call(capsys, "super-resolve", place.scan, target, *arguments), "disk is full")
+    refused(call(capsys, "super-resolve", place.scan, target, *arguments), "free some space")
     assert (content(small_disk), content(out)) == before
 
 
@@ -476,7 +534,8 @@ def test_ctrl_c(place: Place, out: Path, tmp_path: Path) -> None:
         job.wait()
     assert "Traceback" not in err
     refused(Said(job.returncode, rest, err), "stopped", code=130)
-    assert content(out) == {}
+    assert not (out / "a.mha").exists()
+    assert (out / "a.mha.unfinished" / "job.json").is_file()
 
 
 SLOW_TO_LOAD = """
@@ -511,9 +570,10 @@ def test_ctrl_c_in_this_process(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "super_resolve_volume", interrupted)
+    monkeypatch.setattr(cli, "super_resolve_scan", interrupted)
     arguments = (place.scan, out / "a.mha", "--weights", place.weights)
-    refused(call(capsys, "super-resolve", *arguments), "stopped", code=130)
+    said = call(capsys, "super-resolve", *arguments)
+    refused(said._replace(err=said.err.splitlines()[-1]), "stopped", code=130)
 
 
 def test_a_defect_is_not_hidden(capsys: pytest.CaptureFixture[str]) -> None:

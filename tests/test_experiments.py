@@ -35,9 +35,9 @@ from mmsr.experiments import (
 )
 from mmsr.generator_files import load_generator
 from mmsr.patches import open_bank, split_cases
+from mmsr.reading import read_volume
 from mmsr.run_folder import read_history
 from mmsr.super_resolve import enlarge_bicubic
-from mmsr.volume import read_volume
 
 REAL = os.environ.get("MMSR_REAL_DATA")
 TINY = Path(__file__).parent / "plans" / "tiny.yaml"

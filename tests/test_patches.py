@@ -459,7 +459,7 @@ def test_averaging_cannot_enlarge():
 
 @needs_real
 def test_a_bank_from_the_real_scan(tmp_path):
-    from mmsr.volume import read_volume
+    from mmsr.reading import read_volume
 
     scan = read_volume(REAL / "nlst_chest_dicom", slices=(50, 80))
     mask = lung_mask(scan)

@@ -1,0 +1,305 @@
+"""A whole scan to the disk: bounded memory, killed and continued, in parts."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK as sitk
+import torch
+from peak import PEAK_BYTES
+
+from mmsr.core import FileError, MMSRError, ResourceError, SettingsError, seeded
+from mmsr.export import unfinished
+from mmsr.generator_files import GeneratorRecord, load_generator, save_generator
+from mmsr.generators import G1Settings, SRGenerator, build_g1
+from mmsr.preprocess import CLINICAL_WINDOW
+from mmsr.reading import open_volume, read_volume
+from mmsr.scan_job import ScanTargets, plan_job, super_resolve_scan
+from mmsr.super_resolve import SROptions, block_mean, super_resolve
+from mmsr.volume import Volume
+from mmsr.writing import write_volume
+
+REAL = os.environ.get("MMSR_REAL_DATA")
+KILLS = int(os.environ.get("MMSR_KILLS", "3"))
+FORMATS = (".mha", ".nrrd", ".nii", ".nii.gz", ".ome.zarr", ".dicom")
+
+# One call as a user's script would make it, in a process of its own.
+JOB = (
+    PEAK_BYTES
+    + """
+import json, sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from mmsr.generator_files import load_generator
+from mmsr.reading import open_volume
+from mmsr.scan_job import ScanTargets, super_resolve_scan
+from mmsr.super_resolve import SROptions
+scan, weights, out, part = sys.argv[1:5]
+slices = tuple(map(int, sys.argv[5].split(":"))) if len(sys.argv) > 5 else None
+g1, record = load_generator(weights)
+volume = open_volume(scan, slices=slices)
+i, n = map(int, part.split("/"))
+done = super_resolve_scan(volume, ScanTargets(Path(out)), g1, record, part=(i, n), progress=False)
+print(json.dumps({"peak": peak_bytes(), "summary": done}))
+"""
+)
+
+
+def job(*arguments: object) -> list[str]:
+    return [sys.executable, "-c", JOB, *map(str, arguments)]
+
+
+def finish(command: list[str]) -> dict:
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def record_of(g1: SRGenerator) -> GeneratorRecord:
+    return GeneratorRecord(
+        g1=g1.settings,
+        clinical_window=CLINICAL_WINDOW.to_dict(),
+        micro_window={},
+        method="untrained",
+        data="none",
+    )
+
+
+def tiny(scale: int = 8, channels: int = 16) -> SRGenerator:
+    return build_g1(
+        G1Settings(channels=channels, blocks=1, norm="none", skip=True, scale=scale)
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    g1 = tiny()
+    save_generator(path, g1, record_of(g1))
+    return path
+
+
+@pytest.fixture(scope="module")
+def scan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve oblique slices of air with something in it."""
+    path = tmp_path_factory.mktemp("scan") / "scan.mha"
+    rng = seeded(7, "scan job")
+    hu = np.where(rng.random((12, 40, 32)) < 0.3, 60, -900) + rng.normal(0, 40, (12, 40, 32))
+    c, s = np.cos(0.35), np.sin(0.35)
+    turn = (c, -s, 0.0, s, c, 0.0, 0.0, 0.0, -1.0)
+    write_volume(path, Volume(np.rint(hu).astype(np.int16), (2.0, 0.7, 0.6), (-11, 7, 300), turn))
+    return path
+
+
+def content(path: Path) -> dict[str, bytes]:
+    """Read a file, or all files of a folder."""
+    if path.is_file():
+        return {"": path.read_bytes()}
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+def voxels(path: Path) -> np.ndarray:
+    if path.name.endswith(".ome.zarr"):
+        import zarr
+
+        return np.asarray(zarr.open_array(path / "0", mode="r")[:])
+    if path.is_dir():
+        return np.stack([pydicom.dcmread(p).pixel_array for p in sorted(path.iterdir())])
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+def test_every_format_holds_the_same_voxels(
+    scan: Path, weights: Path, tmp_path: Path, ending: str
+) -> None:
+    g1, record = load_generator(weights)
+    volume = open_volume(scan, slices=(4, 7))
+    whole = super_resolve(volume, g1, record, progress=False).volume
+    out = tmp_path / f"sr{ending}"
+    super_resolve_scan(volume, ScanTargets(out), g1, record, progress=False)
+    assert np.array_equal(voxels(out), whole.array)
+    assert [p.name for p in tmp_path.iterdir()] == [out.name]
+
+
+@pytest.mark.parametrize("ending", [".mha", ".nii.gz", ".ome.zarr", ".dicom"])
+def test_killed_at_any_moment_it_goes_on(
+    scan: Path, weights: Path, tmp_path: Path, ending: str
+) -> None:
+    (tmp_path / "whole").mkdir()
+    reference = tmp_path / "whole" / f"sr{ending}"
+    finish(job(scan, weights, reference, "1/1"))
+    rng, out, kills = seeded(3, "kill", ending), tmp_path / f"sr{ending}", 0
+    began = time.monotonic()
+    while not out.exists():
+        process = subprocess.Popen(job(scan, weights, out, "1/1"), stdout=subprocess.DEVNULL)
+        if kills < KILLS:
+            place, moment = unfinished(out), time.monotonic()
+            while process.poll() is None and not place.exists():
+                time.sleep(0.002)  # imports are not worth killing
+            time.sleep(rng.uniform(0, 0.25))
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+            assert time.monotonic() - moment < 60
+        process.wait(60)
+    assert kills >= 1
+    assert time.monotonic() - began < 60 + 20 * KILLS
+    assert not unfinished(out).exists()
+    assert np.array_equal(voxels(out), voxels(reference))
+    if ending != ".dicom":  # its objects have new identifiers in each job
+        assert content(out) == content(reference)
+
+
+def test_parts_at_once_make_one_volume(scan: Path, weights: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sr.ome.zarr"
+    parts = [
+        subprocess.Popen(job(scan, weights, out, f"{i}/3"), stdout=subprocess.PIPE)
+        for i in (1, 2, 3)
+    ]
+    for process in parts:
+        process.communicate(timeout=120)
+    assert [p.returncode for p in parts] == [0, 0, 0]
+    assert not out.exists()
+    assert finish(job(scan, weights, out, "1/1"))["summary"][0] == 12
+    g1, record = load_generator(weights)
+    whole = super_resolve(read_volume(scan), g1, record, progress=False).volume
+    assert np.array_equal(voxels(out), whole.array)
+
+
+def test_memory_does_not_grow_with_the_slices(tmp_path: Path) -> None:
+    """If slices were kept, 1000 of them would take 0.16 GB more than 10."""
+    g1 = tiny(scale=2, channels=4)
+    save_generator(tmp_path / "w.safetensors", g1, record_of(g1))
+    rng, peaks = seeded(5, "memory"), {}
+    few = rng.integers(-1000, 100, (10, 128, 128)).astype(np.int16)
+    for count in (10, 100, 1000):
+        path = tmp_path / f"{count}.mha"
+        write_volume(path, Volume(np.tile(few, (count // 10, 1, 1)), (1.0, 0.6, 0.6)))
+        command = job(path, tmp_path / "w.safetensors", tmp_path / f"{count}-sr.mha", "1/1")
+        peaks[count] = finish(command)["peak"]
+        shutil.rmtree(path, ignore_errors=True)
+    assert max(peaks.values()) < 1.1 * min(peaks.values()), peaks
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("tile", [7, None])
+def test_exact_means_are_the_scan(masked: bool, tile: int | None) -> None:
+    """Whatever the network answers, also far outside its window and beside a mask."""
+    rng = seeded(9, "exact")
+    hu = rng.integers(-1024, 1500, (2, 23, 31)).astype(np.int16)
+    mask = rng.random(hu.shape) < 0.5 if masked else None
+    g1 = tiny()
+    with torch.no_grad():  # an answer far from the scan
+        g1.last.bias.fill_(0.4)
+    options = SROptions(exact_means=True, tile=tile)
+    volume = Volume(hu, (1.0, 0.6, 0.6))
+    result = super_resolve(volume, g1, record_of(g1), options, mask=mask, progress=False)
+    assert result.limited == 0
+    assert np.abs(block_mean(result.volume.array) - hu).max() <= 0.5
+    plain = super_resolve(volume, g1, record_of(g1), mask=mask, progress=False)
+    assert np.abs(block_mean(plain.volume.array) - hu).max() > 20
+
+
+def test_the_spread_is_that_of_the_eight_answers() -> None:
+    """Made by hand: turn the slice, super-resolve, turn back; eight times."""
+    hu = seeded(11, "spread").integers(-1000, 200, (1, 9, 14)).astype(np.int16)
+    g1 = tiny()
+    record, single = record_of(g1), []
+    for turns in range(4):
+        for flip in (False, True):
+            posed = np.rot90(hu[:, :, ::-1] if flip else hu, turns, (1, 2))
+            volume = Volume(np.ascontiguousarray(posed), (1.0, 0.6, 0.6))
+            sr = super_resolve(volume, g1, record, progress=False).volume.array
+            back = np.rot90(sr, -turns, (1, 2))
+            single.append(back[:, :, ::-1] if flip else back)
+    volume = Volume(hu, (1.0, 0.6, 0.6))
+    result = super_resolve(volume, g1, record, SROptions(uncertainty=True), progress=False)
+    assert result.uncertainty is not None
+    assert np.array_equal(result.volume.array, single[0])
+    wanted = np.std(np.stack(single).astype(float), axis=0)
+    assert wanted.max() > 10
+    assert np.abs(result.uncertainty.array - wanted).max() <= 1.5  # both are rounded
+
+
+def test_no_spread_where_the_answer_does_not_depend_on_the_pose() -> None:
+    g1 = tiny()
+    with torch.no_grad():  # nothing but the skip, which is bicubic
+        g1.last.weight.zero_()
+        g1.last.bias.zero_()
+    hu = seeded(12, "spread").integers(-1000, 200, (1, 9, 14)).astype(np.int16)
+    volume = Volume(hu, (1.0, 0.6, 0.6))
+    result = super_resolve(volume, g1, record_of(g1), SROptions(uncertainty=True), progress=False)
+    assert result.uncertainty is not None
+    assert result.uncertainty.array.max() == 0
+
+
+def refused(kind: type[MMSRError], call: Callable[[], object]) -> str:
+    with pytest.raises(kind) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_cannot_end_is_not_begun(
+    scan: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g1, record = load_generator(weights)
+    volume, targets = open_volume(scan), ScanTargets(tmp_path / "sr.mha")
+    monkeypatch.setattr("mmsr.scan_job.free_space", lambda path: 1_000_000)
+    assert "MB free" in refused(
+        ResourceError, lambda: plan_job(volume, targets, g1, record, SROptions())
+    )
+    refused(ResourceError, lambda: super_resolve_scan(volume, targets, g1, record))
+    monkeypatch.undo()
+    monkeypatch.setattr("mmsr.super_resolve.available_memory", lambda: 1_000_000)
+    assert "memory" in refused(
+        ResourceError, lambda: super_resolve_scan(volume, targets, g1, record)
+    )
+    monkeypatch.undo()
+    wrong = SROptions(uncertainty=True)
+    refused(SettingsError, lambda: super_resolve_scan(volume, targets, g1, record, wrong))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_job_is_not_mixed_in(scan: Path, weights: Path, tmp_path: Path) -> None:
+    g1, record = load_generator(weights)
+    volume, targets = open_volume(scan), ScanTargets(tmp_path / "sr.mha")
+    super_resolve_scan(volume, targets, g1, record, part=(1, 2), progress=False)
+    with torch.no_grad():
+        g1.last.bias.add_(0.1)
+    said = refused(FileError, lambda: super_resolve_scan(volume, targets, g1, record))
+    assert "weights" in said
+    other = open_volume(scan, slices=(0, 11))
+    g1, record = load_generator(weights)
+    refused(FileError, lambda: super_resolve_scan(other, targets, g1, record))
+    super_resolve_scan(volume, targets, g1, record, progress=False)
+    said = refused(FileError, lambda: super_resolve_scan(volume, targets, g1, record))
+    assert "exists" in said
+
+
+@pytest.mark.skipif(not REAL, reason="MMSR_REAL_DATA is not set: no real scan to read")
+def test_a_real_slice_stays_small_and_in_place(tmp_path: Path) -> None:
+    source = Path(REAL or "", "nlst_chest_dicom")
+    bundled = Path(__file__).parents[1] / "mmsr" / "weights" / "phantom.safetensors"
+    out = tmp_path / "sr.mha"
+    said = finish(job(source, bundled, out, "1/1", "60:61"))
+    assert said["peak"] < 0.8e9
+    sr, volume = sitk.ReadImage(str(out)), read_volume(source, slices=(60, 61))
+    assert sr.GetSize() == (4096, 4096, 1)
+    for j, i in [(0, 0), (511, 511), (255, 37), (511, 0)]:
+        centre = sr.TransformContinuousIndexToPhysicalPoint((8 * i + 3.5, 8 * j + 3.5, 0.0))
+        assert np.abs(centre - volume.world_mm((0, j, i))).max() < 1e-6
+    bone = volume.array[0] > 900  # far above the window's 350 HU
+    assert bone.sum() > 50
+    means = block_mean(sitk.GetArrayFromImage(sr))[0]
+    assert np.corrcoef(means[bone], volume.array[0][bone])[0, 1] > 0.9
+    assert abs(means[bone].mean() - volume.array[0][bone].mean()) < 40
