@@ -30,9 +30,11 @@ lint: setup      ## style and types
 check: setup     ## is the package in step with the notebooks, and are the notebooks clean?
 	$(BIN)/nbdev_export && $(BIN)/nbdev_clean && git diff --exit-code --stat -- mmsr nbs
 
-bench: setup     ## measure a training step against plain ports and peers, about 6 minutes on a quiet machine
+bench: setup     ## measure training, inference, writing and masks against peers, about 12 minutes on a quiet machine
 	$(BIN)/python -m pip install --quiet --prefer-binary -c constraints.txt -e '.[dev,bench]'
-	mkdir -p runs && $(BIN)/python -m papermill -k python3 --cwd nbs/benchmarks nbs/benchmarks/training_step.ipynb runs/training_step.ipynb
+	mkdir -p runs
+	for page in training_step inference preprocessing; do \
+	  $(BIN)/python -m papermill -k python3 --cwd nbs/benchmarks nbs/benchmarks/$$page.ipynb runs/$$page.ipynb || exit 1; done
 
 lab: setup       ## open the notebooks
 	$(BIN)/jupyter lab nbs

@@ -148,6 +148,9 @@ def super_resolve(
     tile: Annotated[
         int | None, typer.Option(min=1, help="tile side, input pixels; default: as memory suggests")
     ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="slices at once; default: as memory suggests")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     precision: Annotated[str, typer.Option(help="32, or bf16 for a GPU")] = "32",
     force: Annotated[
@@ -169,6 +172,7 @@ def super_resolve(
     options = SROptions.read(
         {
             "tile": tile or "auto",
+            "batch": batch or "auto",
             "device": str(choose_device(device)),
             "precision": precision,
             "exact_means": exact_means,
@@ -257,9 +261,7 @@ def info(
     """Say what is in a scan: geometry, HU, padding, tilt, gaps; and whether it can be read."""
     if picture is not None and picture.suffix.lower() != ".png":
         raise FileError(f"{picture}: expected a name that ends in .png")
-    found = scan_info(
-        scan, modality="micro" if micro else "clinical", voxel_um=voxel_um, series=series
-    )
+    found = scan_info(scan, modality="micro" if micro else None, voxel_um=voxel_um, series=series)
     typer.echo(info_text(found))
     if picture is not None and (drawn := info_picture(found)) is not None:
         with atomic_write(picture) as temporary:

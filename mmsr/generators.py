@@ -10,6 +10,7 @@ __all__ = ['Resnet', 'PixelShuffle', 'AnyG1', 'AnyG2', 'G1Settings', 'ReferenceS
 import math
 import zlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -264,8 +265,8 @@ class SRGenerator(nn.Module):
             noise = torch.randn(len(x), *shape, device=x.device, dtype=torch.float32)
         elif noise is None:
             noise = torch.empty(len(x), *shape, dtype=torch.float32)
-            for own, one in zip(noise, x, strict=True):
-                _slice_noise(one, own)
+            with ThreadPoolExecutor(min(len(x), 8)) as pool:  # each slice has its own generator
+                list(pool.map(_slice_noise, x.detach().float().cpu(), noise))
             noise = noise.to(x.device)
         elif noise.shape != (len(x), *shape):
             raise ShapeError(f"noise: expected {(len(x), *shape)}, got {tuple(noise.shape)}")
@@ -329,9 +330,10 @@ class SRGenerator(nn.Module):
         )
 
 
+@torch.inference_mode()
 def _slice_noise(x: Tensor, out: Tensor) -> None:
     """Fill with noise decided by the slice itself; any change of it, a crop too, draws anew."""
-    seed = zlib.crc32(x.detach().float().cpu().contiguous().numpy().tobytes())
+    seed = zlib.crc32(x.contiguous().numpy().tobytes())
     out.normal_(generator=torch.Generator().manual_seed(seed))
 
 # %% ../nbs/11_generators.ipynb #354fbe7c

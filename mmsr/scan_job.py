@@ -6,6 +6,7 @@
 __all__ = ['JobPlan', 'spoken_size', 'spoken', 'rehearse', 'ScanTargets', 'plan_job', 'ScanSummary', 'super_resolve_scan']
 
 # %% ../nbs/43_scan_job.ipynb #74943e42
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from . import __version__
 from .core import ResourceError, SettingsError, fingerprint, progress_bar
 from .export import Output, open_export, placeholder, unfinished
 from .generator_files import G1Network, GeneratorRecord
@@ -85,7 +87,9 @@ def spoken_size(count: int) -> str:
     str
         Such as ``"34 MB"`` or ``"17.2 GB"``.
     """
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(count / 1e6, 0.1):.2g} MB"
+    if count >= 1e9:
+        return f"{count / 1e9:.1f} GB"
+    return f"{count / 1e6:.0f} MB" if count >= 1e7 else f"{count / 1e6:.1f} MB"
 
 
 def spoken(seconds: float) -> str:
@@ -103,8 +107,8 @@ def spoken(seconds: float) -> str:
     """
     for unit, length in (("h", 3600), ("min", 60)):
         if seconds >= 1.5 * length:
-            return f"{seconds / length:.2g} {unit}"
-    return f"{seconds:.2g} s"
+            return f"{seconds / length:.{0 if seconds >= 10 * length else 1}f} {unit}"
+    return f"{seconds:.{0 if seconds >= 10 else 1}f} s"
 
 
 def rehearse(
@@ -216,24 +220,38 @@ def _check_room(
     """Return bytes of memory and of disk that a job needs; refuse it if there are fewer."""
     outputs = _outputs(volume, g1.settings.scale, targets)
     memory = check_memory(g1, volume.array.shape, options, in_memory=False)
-    disks: dict[int, int] = {}
+    total, disks = 0, dict[int, int]()
     for path, promised in outputs.values():
         need = disk_needed(path, promised.array.shape, promised.array.dtype)
+        total += need
         disk = os.stat(path.parent).st_dev
-        disks[disk] = disks.get(disk, 0) + need
-        if disks[disk] > (free := free_space(path) + _stored(path)):
+        disks[disk] = disks.get(disk, 0) + max(need - _stored(path), 0)
+        if disks[disk] > (free := free_space(path)):
             raise ResourceError(
-                f"{path}: up to {spoken_size(disks[disk])} of disk needed for "
+                f"{path}: up to {spoken_size(disks[disk])} more of disk needed for "
                 f"{volume.array.shape[0]} slices, {spoken_size(free)} free; free some space, choose "
                 "another disk, a packed format (.ome.zarr, .nii.gz) or fewer slices"
             )
-    return memory, sum(disks.values())
+    return memory, total
 
 
 def _stored(path: Path) -> int:
     """Count what an unfinished job has put on the disk already."""
-    pieces = unfinished(path).rglob("*") if unfinished(path).is_dir() else ()
-    return sum(piece.stat().st_blocks * 512 for piece in pieces if piece.is_file())
+    folder = unfinished(path)
+    if not folder.is_dir():
+        return 0
+    if path.exists():  # renamed already: only the folder is still to go
+        return path.stat().st_size if path.is_file() else _bytes_of(path)
+    return _bytes_of(folder)
+
+
+def _bytes_of(folder: Path) -> int:
+    """Count the blocks of all files; other processes may be at them."""
+    total = 0
+    for piece in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += piece.stat().st_blocks * 512 if piece.is_file() else 0
+    return total
 
 # %% ../nbs/43_scan_job.ipynb #9068651c
 class ScanSummary(NamedTuple):
@@ -318,10 +336,8 @@ def super_resolve_scan(
     check_scan(volume, g1, record, mask)
     _check_room(volume, targets, g1, options)
     outputs = _outputs(volume, g1.settings.scale, targets)
-    job = _identity(volume, g1, record, options, mask)
-    # where a slice takes seconds, waiting for the disk costs nothing and survives a power failure
-    sync = torch.device(options.device).type == "cpu"
-    with open_export(outputs, job, overwrite=overwrite, sync=sync) as export:
+    job = _job_key(volume, g1, record, options, mask)
+    with open_export(outputs, job, overwrite=overwrite, sync=True) as export:
         missing = export.missing(part)
         middle = missing[len(missing) // 2 : len(missing) // 2 + 1]
         places = [*middle, *(z for z in missing if z not in middle)]
@@ -352,7 +368,7 @@ def super_resolve_scan(
     return None if facts_of_all is None else _summary(facts_of_all)
 
 
-def _identity(
+def _job_key(
     volume: Volume,
     g1: G1Network,
     record: GeneratorRecord,
@@ -370,8 +386,12 @@ def _identity(
         "window": record.clinical_window,
         "mask": None if mask is None else fingerprint(np.asarray(mask)),
         "blend_mm": options.blend_mm if mask is not None else None,
-        "precision": options.precision,
         "exact_means": options.exact_means,
+        # two devices, batches or versions may round a tie otherwise
+        "arithmetic": [torch.device(options.device).type, options.precision],
+        "tile": options.tile_for(g1, volume.array.shape),
+        "batch": options.batch_for(g1, volume.array.shape),
+        "versions": [__version__, torch.__version__],
     }
 
 

@@ -197,6 +197,12 @@ def _whole_file(path: Path, write: Callable[[Any], object], sync: bool) -> None:
             write(f)
             _settled(f, sync)
         os.replace(temporary, path)
+        if sync and os.name == "posix":  # the name, too
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -478,8 +484,9 @@ def _dicom_slice(volume: Volume, z: int, pixels: bytes, identity: Identity) -> A
         data.ContentQualification = "RESEARCH"
     data.BurnedInAnnotation = "NO"
     data.FrameOfReferenceUID = uid("frame of reference")
-    if source is not None:
+    if source is not None and source.frame_of_reference:
         data.FrameOfReferenceUID = source.frame_of_reference
+    if source is not None and all(source.instances[z][:2]):
         made_from, purpose = Dataset(), Dataset()
         sop_class, instance, frame = source.instances[z]
         made_from.ReferencedSOPClassUID, made_from.ReferencedSOPInstanceUID = sop_class, instance

@@ -23,7 +23,7 @@ from mmsr.generator_files import GeneratorRecord, load_generator, save_generator
 from mmsr.generators import G1Settings, SRGenerator, build_g1
 from mmsr.preprocess import CLINICAL_WINDOW
 from mmsr.reading import open_volume, read_volume
-from mmsr.scan_job import ScanTargets, plan_job, super_resolve_scan
+from mmsr.scan_job import ScanTargets, plan_job, spoken, spoken_size, super_resolve_scan
 from mmsr.super_resolve import SROptions, block_mean, super_resolve
 from mmsr.volume import Volume
 from mmsr.writing import write_volume
@@ -268,6 +268,28 @@ def test_what_cannot_end_is_not_begun(
     wrong = SROptions(uncertainty=True)
     refused(SettingsError, lambda: super_resolve_scan(volume, targets, g1, record, wrong))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_room_is_counted_once(
+    scan: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an earlier call has put on the disk is not asked for again."""
+    g1, record = load_generator(weights)
+    volume = open_volume(scan)
+    targets = ScanTargets(tmp_path / "sr.mha", tmp_path / "apart.mha")
+    super_resolve_scan(volume, targets, g1, record, part=(1, 2), progress=False)
+    monkeypatch.setattr("mmsr.scan_job.free_space", lambda path: 2_200_000)
+    super_resolve_scan(volume, targets, g1, record, progress=False)
+    assert targets.sr.exists()
+    fresh = ScanTargets(tmp_path / "again.mha", tmp_path / "again-apart.mha")
+    refused(ResourceError, lambda: plan_job(volume, fresh, g1, record, SROptions()))
+
+
+def test_sizes_and_times_are_readable() -> None:
+    sizes = {4_200_000: "4.2 MB", 168e6: "168 MB", 16.8e9: "16.8 GB"}
+    assert [spoken_size(int(n)) for n in sizes] == list(sizes.values())
+    times = {0.42: "0.4 s", 34.6: "35 s", 95: "1.6 min", 3000: "50 min", 4e5: "111 h"}
+    assert [spoken(s) for s in times] == list(times.values())
 
 
 def test_another_job_is_not_mixed_in(scan: Path, weights: Path, tmp_path: Path) -> None:

@@ -8,7 +8,14 @@ from mmsr.core import MMSRError, ResourceError, seeded
 from mmsr.generator_files import GeneratorRecord
 from mmsr.generators import G1Settings, SRGenerator, build_g1
 from mmsr.preprocess import CLINICAL_WINDOW
-from mmsr.super_resolve import SROptions, block_mean, enlarge_bicubic, super_resolve
+from mmsr.super_resolve import (
+    SROptions,
+    _ahead,
+    block_mean,
+    enlarge_bicubic,
+    super_resolve,
+    super_resolve_slices,
+)
 from mmsr.volume import Volume
 
 
@@ -43,6 +50,51 @@ def test_tiles_give_the_same_hu(norm: str) -> None:
     apart = np.abs(whole.volume.array.astype(int) - tiled.volume.array)
     assert apart.max() <= 1
     assert (apart > 0).mean() < 1e-3
+
+
+def test_what_is_made_ahead_comes_in_order_and_fails_in_place() -> None:
+    """The pipeline of a GPU, with Python's own errands."""
+    import threading
+
+    made: list[int] = []
+
+    def make(n: int) -> int:
+        if n == 5:
+            raise MMSRError("slice 5: broken")
+        made.append(n)
+        assert threading.current_thread() is not threading.main_thread()
+        return n * n
+
+    first = _ahead(make, range(4))
+    assert next(first) == 0
+    assert list(first) == [1, 4, 9]
+    assert list(_ahead(make, _ahead(make, range(3)))) == [0, 1, 16]
+    given = []
+    with pytest.raises(MMSRError, match="slice 5"):
+        given.extend(_ahead(make, range(9)))
+    made.clear()
+    stopped = _ahead(make, range(100))
+    next(stopped)
+    stopped.close()
+    assert len(made) <= 3  # nobody works on for a caller who has left
+
+
+def test_the_caller_is_not_left_in_inference_mode() -> None:
+    g1 = tiny()
+    volume = volume_of(seeded(0, "mode").integers(-1000, 100, (2, 12, 9)))
+    for _ in super_resolve_slices(volume, [0, 1], g1, record_of(g1), SROptions()):
+        assert not torch.is_inference_mode_enabled()
+
+
+def test_half_precision_is_close_and_finite() -> None:
+    g1 = tiny()
+    volume = volume_of(seeded(0, "half").integers(-1000, 100, (1, 12, 9)))
+    half, full = (
+        super_resolve(volume, g1, record_of(g1), SROptions(precision=p), progress=False)
+        for p in ("bf16", "32")
+    )
+    apart = np.abs(half.volume.array.astype(int) - full.volume.array)
+    assert 0 < apart.mean() < 10
 
 
 def test_bone_and_metal_survive_the_window() -> None:
