@@ -278,7 +278,7 @@ def test_room_is_counted_once(
     volume = open_volume(scan)
     targets = ScanTargets(tmp_path / "sr.mha", tmp_path / "apart.mha")
     super_resolve_scan(volume, targets, g1, record, part=(1, 2), progress=False)
-    monkeypatch.setattr("mmsr.scan_job.free_space", lambda path: 2_200_000)
+    monkeypatch.setattr("mmsr.scan_job.free_space", lambda path: 3_000_000)
     super_resolve_scan(volume, targets, g1, record, progress=False)
     assert targets.sr.exists()
     fresh = ScanTargets(tmp_path / "again.mha", tmp_path / "again-apart.mha")
