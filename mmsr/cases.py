@@ -36,8 +36,8 @@ from mmsr.preprocess import (
     micro_window,
     specimen_mask,
 )
-from .super_resolve import block_mean
 from .reading import read_mask, read_volume
+from .super_resolve import block_mean
 from .volume import Volume, resample_in_plane
 from .writing import write_volume
 

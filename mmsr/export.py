@@ -9,6 +9,7 @@ __all__ = ['THREADS', 'QUEUE', 'Output', 'placeholder', 'unfinished', 'share', '
 import contextlib
 import json
 import os
+import re
 import shutil
 import threading
 import uuid
@@ -31,7 +32,7 @@ from mmsr.core import (
     write_json,
 )
 from .volume import Volume
-from .writers import HEADERS, Identity, Writer, new_identity
+from .writers import HEADERS, Identity, Writer, new_identity, pieces_of
 from .writing import check_writable, disk_errors, open_writer, settle, writable_suffix
 
 # %% ../nbs/37_export.ipynb #1b8e4aa3
@@ -238,7 +239,17 @@ class Export:
                 f"{mine.stop - 1} of it; let it finish, or give each process a part of its own"
             )
         done = self.done()
-        return [z for z in mine if z not in done]
+        return [z for z in mine if z not in done or not self._stored(z)]
+
+    def _stored(self, z: int) -> bool:
+        """Look whether the files of a slice are there: somebody may have tidied up."""
+        for path, volume in self.outputs.values():
+            made = unfinished(path) / path.name
+            pieces = pieces_of(made, volume, np.dtype(volume.array.dtype), z)
+            for piece, least in pieces.items():
+                if not piece.is_file() or piece.stat().st_size < least:
+                    return False
+        return True
 
     def write(self, z: int, planes: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
         """Store a slice of every output, in the background.
@@ -401,9 +412,13 @@ def open_export(
     MMSRError
         As `check_writable`.
     """
-    outputs = {name: Output(Path(path), volume) for name, (path, volume) in outputs.items()}
+    outputs = {  # a link is followed: what it names is replaced, not the link
+        name: Output(Path(os.path.realpath(path)), volume)
+        for name, (path, volume) in outputs.items()
+    }
     for path, volume in outputs.values():
         check_writable(path, volume)
+        _check_replaceable(path)
     if len({output.volume.array.shape[0] for output in outputs.values()}) != 1:
         raise ShapeError("outputs: expected the same number of slices in all of them")
     plan = json.loads(json.dumps(_plan(outputs, job)))
@@ -433,6 +448,24 @@ def open_export(
                 write_json(folder / "job.json", {"uid": record["uid"]})
         (folders[0] / "lock").touch()
     return Export(outputs, record, sync)
+
+
+def _check_replaceable(path: Path) -> None:
+    """Refuse to replace a folder that is not an output of this package, and odd work folders."""
+    if unfinished(path).is_symlink() or unfinished(path).is_file():
+        raise FileError(f"{unfinished(path)}: expected a folder for unfinished work; remove it")
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    ours = False
+    with contextlib.suppress(FileError, OSError, TypeError):
+        if path.name.endswith(".ome.zarr"):
+            ours = "mmsr" in read_json(path / "zarr.json")["attributes"]
+        elif path.name.endswith(".dicom"):
+            names = [p.name for p in path.iterdir()]
+            ours = all(re.fullmatch(r"\d{6}\.dcm", name) for name in names)
+            ours = ours and b"mmsr" in (path / min(names)).read_bytes()[:2048]
+    if not ours:
+        raise FileError(f"{path}: is a folder with other things in it; choose another name")
 
 
 def _obstacle(folders: list[Path], plan: dict[str, Any]) -> str:
@@ -494,7 +527,10 @@ def _difference(kept: dict[str, Any], plan: dict[str, Any]) -> str:
 def _record(folder: Path) -> dict[str, Any] | None:
     """Read what a work folder belongs to; None if it is not there, or empty."""
     if (folder / "job.json").is_file():
-        record = read_json(folder / "job.json")
+        try:
+            record = read_json(folder / "job.json")
+        except FileError as e:
+            raise FileError(f"{e}; remove {folder.name} to begin anew") from e
         if isinstance(record, dict) and "uid" in record:
             return record
     elif not folder.is_dir() or all(p.suffix == ".json" for p in folder.iterdir()):

@@ -318,6 +318,12 @@ def check_scan(
     ------
     SettingsError, ShapeError
     """
+    if min(volume.array.shape[1:]) < g1.least:
+        height, width = volume.array.shape[1:]
+        raise ShapeError(
+            f"volume: expected slices of at least {g1.least} x {g1.least} pixels for this generator, "
+            f"got {width} x {height}"
+        )
     unit = Window.from_dict(record.clinical_window).unit
     if volume.unit != "HU" or unit != "HU":
         raise SettingsError(

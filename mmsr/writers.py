@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TYPES', 'HEADERS', 'SMALLEST', 'Writer', 'raw_writer', 'gzip_writer', 'pyramid_shapes', 'pyramid', 'zarr_writer',
-           'Identity', 'new_identity', 'dicom_writer']
+           'Identity', 'new_identity', 'dicom_writer', 'pieces_of']
 
 # %% ../nbs/08a_writers.ipynb #8ac9feea
 import gzip
@@ -407,6 +407,7 @@ def _zarr_level(path: Path, shape: tuple[int, int, int], dtype: np.dtype, sync: 
         "driver": "zarr3",
         "kvstore": {"driver": "file", "path": str(path)},
         "metadata": metadata,
+        "store_data_equal_to_fill_value": True,  # a slice of zeros is a slice: its file must exist
     }
     context = ts.Context({"file_io_sync": sync})
     return ts.open(spec, create=True, open=True, context=context).result()
@@ -540,3 +541,34 @@ def dicom_writer(path: Path, volume: Volume, identity: Identity, *, sync: bool =
         _whole_file(file, lambda f: data.save_as(f, enforce_file_format=True), sync)
 
     return Writer(put, lambda: None)
+
+
+def pieces_of(path: Path, volume: Volume, dtype: np.dtype, z: int) -> dict[Path, int]:
+    """Name the files in which an unfinished output keeps a slice.
+
+    Parameters
+    ----------
+    path : Path
+        The output; its ending tells the format.
+    volume : Volume
+        Shape, grid and notes.
+    dtype : dtype
+        Of the planes.
+    z : int
+        The slice.
+
+    Returns
+    -------
+    dict
+        From file to the bytes that it must have at least.
+    """
+    name, (depth, height, width) = path.name.lower(), volume.array.shape
+    if name.endswith(".ome.zarr"):
+        levels = range(len(pyramid_shapes((height, width))))
+        return {path / str(k) / "c" / str(z) / "0" / "0": 1 for k in levels}
+    plane = height * width * dtype.itemsize
+    if name.endswith(".dicom"):
+        return {path / f"{z + 1:06d}.dcm": plane}
+    if name.endswith(".gz"):
+        return {path.with_name(path.name + ".pieces") / f"{z:06d}.gz": 1}
+    return {path: len(_header(path, volume, dtype)) + depth * plane}

@@ -427,6 +427,39 @@ def test_the_plan_is_told_and_nothing_done(
     assert content(out) == {}
 
 
+def test_overwrite_spares_what_is_not_ours(
+    place: Place, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither the scan, nor the folder around it, nor somebody's folder with an output's name."""
+    study = out / "study.dicom"
+    (study / "series").mkdir(parents=True)
+    inside = study / "series" / "scan.mha"
+    inside.write_bytes((place.scan).read_bytes() if place.scan.is_file() else b"")
+    write_volume(inside, place.clinical)
+    for name in ("mine.mha", "mine.ome.zarr", "mine.dicom"):
+        (out / name).mkdir()
+        (out / name / "precious.txt").write_text("years of work")
+    before = content(out)
+    with_weights = ("--weights", place.weights, "--overwrite")
+    said = call(capsys, "super-resolve", inside, study, *with_weights)
+    refused(said, "another input or output lies in it")
+    said = call(capsys, "super-resolve", study, study / "sr.nrrd", *with_weights)
+    refused(said, "scan's folder")
+    for name in ("mine.mha", "mine.ome.zarr", "mine.dicom"):
+        said = call(capsys, "super-resolve", inside, out / name, *with_weights)
+        refused(said._replace(err=said.err.splitlines()[-1]), "other things in it")
+    assert content(out) == before
+    (out / "real.ome.zarr").mkdir()
+    (out / "link.ome.zarr").symlink_to(out / "real.ome.zarr")
+    said = call(capsys, "super-resolve", inside, out / "link.ome.zarr", *with_weights)
+    assert said.code == 0
+    assert (out / "real.ome.zarr" / "zarr.json").is_file()
+    assert (out / "link.ome.zarr").is_symlink()
+    for _ in range(2):  # and what is ours may be replaced
+        said = call(capsys, "super-resolve", inside, out / "ours.dicom", *with_weights)
+        assert said.code == 0
+
+
 def test_parts_are_joined_by_a_last_call(
     place: Place, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

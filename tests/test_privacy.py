@@ -1,9 +1,9 @@
 """A seeded patient goes in; nothing of her comes out: in no volume, log, notebook or picture."""
 
+import contextlib
 import gzip
+import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from matplotlib.text import Text
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
+from mmsr.cli import main
 from mmsr.core import seeded
 from mmsr.figures import overview
 from mmsr.generator_files import GeneratorRecord, load_generator, save_generator
@@ -120,11 +121,17 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def mmsr(*arguments: object) -> str:
-    command = [sys.executable, "-m", "mmsr", *map(str, arguments)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    return run.stdout + run.stderr
+def mmsr(*arguments: object, code: int = 0) -> str:
+    """Call the command line in this process; return all that it says."""
+    said = io.StringIO()
+    with (
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(said),
+        pytest.raises(SystemExit) as ended,
+    ):
+        main([str(a) for a in arguments])
+    assert (ended.value.code or 0) == code, said.getvalue()
+    return said.getvalue()
 
 
 @pytest.mark.parametrize("ending", [".mha", ".nrrd", ".nii", ".nii.gz", ".ome.zarr", ".dicom"])
@@ -197,7 +204,6 @@ def test_refusals_do_not_quote_the_header(patient: Path, tmp_path: Path) -> None
         d = pydicom.dcmread(path)
         d.Modality = "MR"
         d.save_as(spoilt / path.name)
-    command = [sys.executable, "-m", "mmsr", "super-resolve", str(spoilt), str(tmp_path / "x.mha")]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert run.returncode == 2
-    assert leaked((run.stdout + run.stderr).encode()) == []
+    said = mmsr("super-resolve", spoilt, tmp_path / "x.mha", code=2)
+    assert "MR" in said
+    assert leaked(said.encode()) == []

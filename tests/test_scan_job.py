@@ -270,6 +270,44 @@ def test_what_cannot_end_is_not_begun(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("ending", [".mha", ".nii.gz", ".ome.zarr", ".dicom"])
+@pytest.mark.parametrize("how", ["removed", "emptied"])
+def test_work_that_somebody_has_tidied_up_is_done_again(
+    scan: Path, weights: Path, tmp_path: Path, ending: str, how: str
+) -> None:
+    """The journal names slices whose files are gone: not one may come out blank."""
+    g1, record = load_generator(weights)
+    volume, targets = open_volume(scan, slices=(4, 8)), ScanTargets(tmp_path / f"sr{ending}")
+    whole = super_resolve(volume, g1, record, progress=False).volume
+    super_resolve_scan(volume, targets, g1, record, part=(1, 2), progress=False)
+    work = unfinished(targets.sr)
+    pieces = [p for p in work.rglob("*") if p.is_file() and p.stat().st_size > 5000]
+    assert pieces
+    if how == "removed":
+        pieces[0].unlink()
+    else:
+        pieces[0].write_bytes(b"")
+    super_resolve_scan(volume, targets, g1, record, progress=False)
+    assert np.array_equal(voxels(targets.sr), whole.array)
+
+
+def test_slices_of_zeros_are_slices(weights: Path, tmp_path: Path) -> None:
+    """Outside a mask the spread is 0; a packed format may not leave such slices out."""
+    g1, record = load_generator(weights)
+    hu = seeded(2, "zeros").integers(-1000, 100, (3, 12, 9)).astype(np.int16)
+    volume, mask = Volume(hu, (1.0, 0.6, 0.6)), np.zeros(hu.shape, bool)
+    mask[1] = True
+    targets = ScanTargets(tmp_path / "sr.mha", uncertainty=tmp_path / "u.ome.zarr")
+    options = SROptions(uncertainty=True)
+    for part in ((1, 2), (1, 1)):
+        super_resolve_scan(
+            volume, targets, g1, record, options, mask=mask, part=part, progress=False
+        )
+    spread = voxels(tmp_path / "u.ome.zarr")
+    assert spread[[0, 2]].max() == 0
+    assert spread[1].max() > 0
+
+
 def test_room_is_counted_once(
     scan: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
