@@ -418,7 +418,7 @@ def open_export(
     }
     for path, volume in outputs.values():
         check_writable(path, volume)
-        _check_replaceable(path)
+        _check_place(path, overwrite)
     if len({output.volume.array.shape[0] for output in outputs.values()}) != 1:
         raise ShapeError("outputs: expected the same number of slices in all of them")
     plan = json.loads(json.dumps(_plan(outputs, job)))
@@ -450,12 +450,12 @@ def open_export(
     return Export(outputs, record, sync)
 
 
-def _check_replaceable(path: Path) -> None:
+def _check_place(path: Path, overwrite: bool) -> None:
     """Refuse to replace a folder that is not an output of this package, and odd work folders."""
     if unfinished(path).is_symlink() or unfinished(path).is_file():
         raise FileError(f"{unfinished(path)}: expected a folder for unfinished work; remove it")
-    if not path.is_dir() or not any(path.iterdir()):
-        return
+    if not overwrite or not path.is_dir() or not any(path.iterdir()):
+        return  # what exists is refused anyhow, or takes no harm
     ours = False
     with contextlib.suppress(FileError, OSError, TypeError):
         if path.name.endswith(".ome.zarr"):

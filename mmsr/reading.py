@@ -240,7 +240,7 @@ def read_volume(
     force : bool
         Overrule doubts about unit, intensity and numbering; each is noted in the volume.
     resample : bool
-        Put DICOM slices that are sheared (tilted gantry) or uneven on an upright, even grid.
+        Put slices that are sheared (tilted gantry) or uneven on an upright, even grid.
     series : int or str, optional
         Which of several DICOM series: its number in the list that the refusal shows, or its UID.
 
