@@ -631,9 +631,14 @@ def test_what_exists_is_not_replaced_by_accident(tmp_path: Path) -> None:
     (tmp_path / "sr.dicom" / "old").write_bytes(b"old")
     refused(FileError, "exists already", run, tmp_path, ".dicom")
     assert [p.name for p in tmp_path.iterdir()] == ["sr.dicom"]
-    with open_export(outputs(tmp_path, ".dicom"), {"scan": "abc"}, overwrite=True) as export:
-        fill(export)
-        assert (tmp_path / "sr.dicom" / "old").exists()  # until the new one is whole
+    made = outputs(tmp_path, ".dicom")
+    refused(FileError, "other things in it", open_export, made, {}, overwrite=True)
+    (tmp_path / "sr.dicom" / "old").unlink()
+    write_volume(tmp_path / "sr.dicom", scan())
+    before = (tmp_path / "sr.dicom" / "000001.dcm").read_bytes()
+    with open_export(made, {"scan": "abc"}, overwrite=True) as export:
+        fill(export)  # the earlier one stays until the new one is whole
+        assert (tmp_path / "sr.dicom" / "000001.dcm").read_bytes() == before
         assert export.finish() is not None
     assert len(list((tmp_path / "sr.dicom").iterdir())) == SLICES
     stranger = unfinished(tmp_path / "v.mha")
