@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from . import __version__
-from .core import ResourceError, SettingsError, fingerprint, progress_bar
+from .core import FileError, ResourceError, SettingsError, fingerprint, progress_bar
 from .export import Output, open_export, placeholder, unfinished
 from .generator_files import G1Network, GeneratorRecord
 from mmsr.super_resolve import (
@@ -397,7 +397,13 @@ def _job_key(
 
 def _summary(facts: list[dict[str, float]]) -> ScanSummary:
     """Sum up what is known of the slices."""
-    total = {name: sum(one[name] for one in facts) for name in facts[0]}
+    known = ("clipped", "limited", "voxels", "sum", "sum_abs", "worst")
+    if any(name not in one for one in facts for name in known):
+        raise FileError(
+            "the outputs are complete, but their journal was changed by hand: what is known of the "
+            "slices is lost"
+        )
+    total = {name: sum(one[name] for one in facts) for name in known}
     voxels = max(total["voxels"], 1)
     return ScanSummary(
         len(facts),
