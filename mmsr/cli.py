@@ -205,6 +205,7 @@ def super_resolve(
                 "give a --mask, or some --slices at a time"
             )
         inside = lung_mask(volume._replace(array=np.asarray(volume.array)))
+    options = options.resolved(g1, volume.array.shape)
     planned = plan_job(volume, targets, g1, record, options)
     if inside is not None:
         planned = planned._replace(memory=planned.memory + inside.nbytes)

@@ -206,6 +206,7 @@ def plan_job(
     ResourceError
         If memory or disk do not suffice.
     """
+    options = options.resolved(g1, volume.array.shape)
     memory, disk = _check_room(volume, targets, g1, options)
     spacing_mm, _ = sr_geometry(volume, g1.settings.scale)
     shape = volume.array.shape
@@ -330,7 +331,7 @@ def super_resolve_scan(
     SettingsError, ShapeError, RangeError
         If scan, mask, options and generator do not go together, or a slice is not finite.
     """
-    options = options or SROptions()
+    options = (options or SROptions()).resolved(g1, volume.array.shape)
     if options.uncertainty != (targets.uncertainty is not None):
         raise SettingsError("uncertainty: expected the option and a file for it, got one of them")
     check_scan(volume, g1, record, mask)
@@ -389,8 +390,8 @@ def _job_key(
         "exact_means": options.exact_means,
         # two devices, batches or versions may round a tie otherwise
         "arithmetic": [torch.device(options.device).type, options.precision],
-        "tile": options.tile_for(g1, volume.array.shape),
-        "batch": options.batch_for(g1, volume.array.shape),
+        "tile": options.tile,
+        "batch": options.batch,
         "versions": [__version__, torch.__version__],
     }
 

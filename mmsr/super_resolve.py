@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
 import pydantic
@@ -166,18 +166,27 @@ class SROptions(Settings):
             raise ValueError("expected 1 or more")
         return value
 
-    def batch_for(self, g1: G1Network, shape: Sequence[int]) -> int:
-        """Say how many slices of this height and width are made at once."""
-        if self.batch != "auto":
-            return self.batch
-        return choose_batch(g1, (shape[-2], shape[-1]), self.device)
+    def resolved(self, g1: G1Network, shape: Sequence[int]) -> Self:
+        """Put numbers where "auto" stands; choosing a tile takes a second or two, so do it once.
 
-    def tile_for(self, g1: G1Network, shape: Sequence[int]) -> int | None:
-        """Say which tile a slice of this height and width gets, in clinical pixels."""
-        if self.tile != "auto":
-            return self.tile
-        batch = self.batch_for(g1, shape)
-        return choose_tile(g1, (shape[-2], shape[-1]), self.device, batch)
+        Parameters
+        ----------
+        g1 : SRGenerator, ReferenceGenerator or UNITGenerator
+            The generator.
+        shape : sequence of int
+            Of the scan, or height and width of a clinical slice.
+
+        Returns
+        -------
+        SROptions
+            Itself, if there is nothing to choose.
+        """
+        size, batch, tile = (shape[-2], shape[-1]), self.batch, self.tile
+        if batch == "auto":
+            batch = choose_batch(g1, size, self.device)
+        if tile == "auto":
+            tile = choose_tile(g1, size, self.device, batch)
+        return self.model_copy(update={"batch": batch, "tile": tile})
 
 
 class SRSlice(NamedTuple):
@@ -376,9 +385,11 @@ def super_resolve_slices(
     check_scan(volume, g1, record, mask)
     device, shape = torch.device(options.device), volume.array.shape[1:]
     g1 = g1.to(device).eval()
-    window, tile = Window.from_dict(record.clinical_window), options.tile_for(g1, shape)
+    options = options.resolved(g1, shape)
+    window, tile, size = Window.from_dict(record.clinical_window), options.tile, options.batch
+    assert isinstance(size, int)
+    assert not isinstance(tile, str)
     painter = _Painter(g1, window, tile, options)
-    size = options.batch_for(g1, shape)
 
     def load(chosen: Sequence[int]) -> _Batch:
         hu = np.stack([np.asarray(volume.array[z], np.float32) for z in chosen])
@@ -524,8 +535,9 @@ def super_resolve(
     ResourceError
         If memory would not suffice.
     """
-    options = options or SROptions()
     check_scan(volume, g1, record, mask)
+    options = (options or SROptions()).resolved(g1, volume.array.shape)
+    assert not isinstance(options.tile, str)
     scale, shape = g1.settings.scale, volume.array.shape
     finer = (shape[0], shape[1] * scale, shape[2] * scale)
     check_memory(g1, shape, options, in_memory=True)
@@ -548,7 +560,7 @@ def super_resolve(
         None if apart is None else volume._replace(array=apart),
         clipped,
         limited,
-        options.tile_for(g1, shape),
+        options.tile,
         None if spread is None else sr_volume(volume, spread, scale),
     )
 
@@ -573,14 +585,16 @@ def memory_of(g1: G1Network, shape: Sequence[int], options: SROptions, *, in_mem
         Bytes.
     """
     scale, (slices, height, width) = g1.settings.scale, shape
-    fine, batch = height * width * scale**2, options.batch_for(g1, shape)
+    options = options.resolved(g1, shape)
+    assert isinstance(options.batch, int)
+    fine, batch = height * width * scale**2, options.batch
     arrays = 2 if options.uncertainty else 1
     result = 2 * arrays * fine * (QUEUE + 1 + batch)
     if in_memory:
         result = slices * (2 * arrays * fine + 4 * height * width)
     if torch.device(options.device).type != "cpu":  # two batches more, and noise on its way
         return result + batch * (4 * arrays * fine + 4 * g1.noise_channels * height * width)
-    network = memory_needed(g1, (height, width), tile=options.tile_for(g1, shape), batch=batch)
+    network = memory_needed(g1, (height, width), tile=options.tile, batch=batch)
     # on the way to whole HU: an enlargement, a sum; with the spread, mean and squares too
     return result + network + (6 if options.uncertainty else 2) * 4 * fine * batch
 
@@ -588,7 +602,12 @@ def memory_of(g1: G1Network, shape: Sequence[int], options: SROptions, *, in_mem
 def check_memory(
     g1: G1Network, shape: Sequence[int], options: SROptions, *, in_memory: bool
 ) -> int:
-    """Refuse a job that memory cannot hold, and say how large a job it can; see `memory_of`.
+    """Refuse a job that memory cannot hold, and say how large a job it can.
+
+    Parameters
+    ----------
+    g1, shape, options, in_memory
+        As in `memory_of`.
 
     Returns
     -------

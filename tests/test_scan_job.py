@@ -213,6 +213,8 @@ def test_the_spread_is_that_of_the_eight_answers() -> None:
     """Made by hand: turn the slice, super-resolve, turn back; eight times."""
     hu = seeded(11, "spread").integers(-1000, 200, (1, 9, 14)).astype(np.int16)
     g1 = tiny()
+    with torch.no_grad():
+        g1.last.weight.mul_(4)  # so that the pose matters
     record, single = record_of(g1), []
     for turns in range(4):
         for flip in (False, True):
@@ -226,7 +228,7 @@ def test_the_spread_is_that_of_the_eight_answers() -> None:
     assert result.uncertainty is not None
     assert np.array_equal(result.volume.array, single[0])
     wanted = np.std(np.stack(single).astype(float), axis=0)
-    assert wanted.max() > 10
+    assert wanted.max() > 20
     assert np.abs(result.uncertainty.array - wanted).max() <= 1.5  # both are rounded
 
 
