@@ -386,7 +386,7 @@ def _zarr_level(path: Path, shape: tuple[int, int, int], dtype: np.dtype, sync: 
     chunk = [1, min(512, shape[1]), min(512, shape[2])]
     shard = [-(-side // c) * c for side, c in zip((1, *shape[1:]), chunk, strict=True)]
     little = {"name": "bytes", "configuration": {"endian": "little"}}
-    blosc = {"cname": "zstd", "clevel": 1, "shuffle": "shuffle", "typesize": dtype.itemsize}
+    blosc = {"cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "typesize": dtype.itemsize}
     sharding = {
         "chunk_shape": chunk,
         "codecs": [
