@@ -119,7 +119,7 @@ def blank(sop_class, syntax, uid, series):
     d = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128, is_little_endian=little)
     d.SOPClassUID, d.SOPInstanceUID, d.SeriesInstanceUID = sop_class, uid, series
     d.Modality, d.SeriesNumber, d.FrameOfReferenceUID = "CT", 7, "1.2.3.4"
-    d.PatientName, d.PatientID, d.SeriesDescription = "Secret^Name", "Secret4711", "Secret knee"
+    d.PatientName, d.PatientID, d.SeriesDescription = "Secret^Name", "Secret number", "Secret knee"
     d.StudyDescription = d.InstitutionName = d.AccessionNumber = "Secret"
     d.SamplesPerPixel, d.PhotometricInterpretation = 1, "MONOCHROME2"
     d.BitsAllocated, d.BitsStored, d.HighBit, d.PixelRepresentation = 16, 16, 15, 0

@@ -78,7 +78,7 @@ def series(folder, hu, *, step=(0.0, 0.0, 2.5), intercepts=(-1024,), slope=1, sy
         d = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
         d.SOPClassUID, d.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
         d.SeriesInstanceUID, d.Modality = uid, "CT"
-        d.PatientName, d.PatientID = "Secret^Name", "ID-4711"
+        d.PatientName, d.PatientID = "Secret^Name", "Number Secret"
         d.Rows, d.Columns = plane.shape
         d.SamplesPerPixel, d.PhotometricInterpretation = 1, "MONOCHROME2"
         d.BitsAllocated, d.BitsStored, d.HighBit, d.PixelRepresentation = 16, 16, 15, 0
@@ -266,7 +266,6 @@ def test_slices_are_sorted_by_place_and_rescaled_one_by_one(tmp_path, syntax):
     assert scan.spacing_mm == (2.5, 0.5, 0.6)
     assert scan.origin_mm == (-10.0, 20.0, 30.0)
     assert "Secret" not in repr(scan)
-    assert "4711" not in repr(scan)
 
 
 def test_fractional_slope_is_rounded_and_noted(tmp_path):
@@ -409,7 +408,7 @@ def test_info_shows_nothing_of_the_patient(tmp_path):
     secret = {
         "PatientBirthDate": "19010203",
         "InstitutionName": "Secret Clinic",
-        "AccessionNumber": "ACC-4711",
+        "AccessionNumber": "Secret-ACC",
         "SeriesDescription": "Secret thorax",
         "StudyDate": "20200304",
         "ConvolutionKernel": "B70f",
@@ -421,7 +420,7 @@ def test_info_shows_nothing_of_the_patient(tmp_path):
     shown = [info_text(info), *(t.get_text() for t in figure.findobj(Text)), repr(info)]
     assert "B70f" in shown[0]
     assert "missing slices: 1 (1 at 5 mm" in shown[0]
-    for word in ("Secret", "4711", "19010203", "20200304"):
+    for word in ("Secret", "19010203", "20200304"):
         assert not any(word in text for text in shown)
 
 
