@@ -22,7 +22,7 @@ demo: setup      ## phantom -> training with and without the MMSR loss -> report
 	$(BIN)/mmsr demo --cores $(CORES)
 
 test: setup      ## every notebook and test, with the coverage of the package
-	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=90
+	$(BIN)/python -m pytest -n $(CORES) --cov --cov-report=term --cov-fail-under=90
 
 lint: setup      ## style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

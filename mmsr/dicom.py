@@ -8,21 +8,21 @@ __all__ = ['SeriesSummary', 'scan_series', 'open_dicom', 'DicomFacts', 'dicom_fa
 # %% ../nbs/05c_dicom.ipynb #a0c0b0df
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .core import FileError, GeometryError, SettingsError
+from .core import RESEARCH_ONLY, FileError, GeometryError, SettingsError
 from mmsr.dicom_files import (
     DicomSlice,
     check_image,
     check_values,
     decode_slices,
+    hold_file,
     numbers_line,
-    read_slices,
     rescaled_type,
     same_pixels,
 )
@@ -30,8 +30,12 @@ from .upright import ROUNDED_MM, SAME_MM, Steps, measure_steps, straighten
 from .volume import Block, DicomSource, Grid, Request, Stack, check_spacing, given_voxel
 
 # %% ../nbs/05c_dicom.ipynb #825afa77
-def _sorted(heads: list[DicomSlice]) -> tuple[list[DicomSlice], np.ndarray, np.ndarray]:
-    """Sort slices along their normal; return them, their places (n, 3), and the axes by columns."""
+def _sorted(
+    ask: Request, heads: Sequence[DicomSlice]
+) -> tuple[list[DicomSlice], np.ndarray, np.ndarray]:
+    """Sort sound slices along their normal; return them, their places (n, 3), and the axes by columns."""
+    for head in heads:
+        check_image(head, ask.modality)
     first = heads[0]
     row, column = np.reshape(first.tags["ImageOrientationPatient"], (2, 3))
     if np.abs([row @ row - 1, column @ column - 1, row @ column]).max() > 1e-3:
@@ -167,11 +171,12 @@ class SeriesSummary(NamedTuple):
         return f"{self.number}: " + ", ".join(words)
 
 
-def _grouped(heads: list[DicomSlice]) -> list[tuple[SeriesSummary, list[DicomSlice]]]:
+def _grouped(heads: Sequence[DicomSlice]) -> list[tuple[SeriesSummary, list[DicomSlice]]]:
     """Part slices by series and, within one, localizers, stacks, and phases at the same places."""
     series: dict[str, list[DicomSlice]] = {}
     for head in heads:
-        series.setdefault(head.tags["SeriesInstanceUID"], []).append(head)
+        if head.tags["SOPClassUID"] != _DIRECTORY:
+            series.setdefault(head.tags["SeriesInstanceUID"], []).append(head)
     parted: dict[tuple[str, str], list[DicomSlice]] = {}
     for uid, group in series.items():
         places = {str(h.tags["ImagePositionPatient"]) for h in group}
@@ -212,33 +217,25 @@ def _grouped(heads: list[DicomSlice]) -> list[tuple[SeriesSummary, list[DicomSli
     return found
 
 
-def scan_series(files: Sequence[Path]) -> list[SeriesSummary]:
-    """List the series among DICOM files, as `series` of the readers counts them.
+def scan_series(heads: Sequence[DicomSlice]) -> list[SeriesSummary]:
+    """List the series among DICOM slices, as `series` of the readers counts them.
 
     Parameters
     ----------
-    files : sequence of Path
-        What cannot be read is left out.
+    heads : sequence of DicomSlice
 
     Returns
     -------
     list of SeriesSummary
     """
-    heads = []
-    for path in files:
-        with suppress(FileError, OSError):
-            heads += read_slices(path)
-    return [summary for summary, _ in _grouped(_images(heads))]
+    return [summary for summary, _ in _grouped(heads)]
 
 
-def _images(heads: list[DicomSlice]) -> list[DicomSlice]:
-    """Leave out the table of contents of a disc."""
-    return [h for h in heads if h.tags["SOPClassUID"] != _DIRECTORY]
-
-
-def _one_series(ask: Request, heads: list[DicomSlice]) -> tuple[SeriesSummary, list[DicomSlice]]:
+def _one_series(
+    ask: Request, heads: Sequence[DicomSlice]
+) -> tuple[SeriesSummary, list[DicomSlice]]:
     """Return the series asked for, or say what there is."""
-    found = _grouped(_images(heads))
+    found = _grouped(heads)
     if not found:
         raise FileError(f"{ask.name}: expected DICOM slices, got none; name their folder")
     lines = [s.line() for s, _ in found]
@@ -261,7 +258,7 @@ def _one_series(ask: Request, heads: list[DicomSlice]) -> tuple[SeriesSummary, l
     return chosen[0]
 
 # %% ../nbs/05c_dicom.ipynb #2ccaa098
-def open_dicom(ask: Request, files: Sequence[Path]) -> Stack:
+def open_dicom(ask: Request, heads: Sequence[DicomSlice]) -> Stack:
     """Open the slices of one DICOM series without decoding any.
 
     Parameters
@@ -269,8 +266,8 @@ def open_dicom(ask: Request, files: Sequence[Path]) -> Stack:
     ask : Request
         What the caller wants; `series` chooses one of several, `resample` straightens a stack that
         is sheared or uneven (then the slices are decoded once to judge them).
-    files : sequence of Path
-        All DICOM files there are, in any order, from any number of series.
+    heads : sequence of DicomSlice
+        All there are, in any order, from any number of series.
 
     Returns
     -------
@@ -279,7 +276,7 @@ def open_dicom(ask: Request, files: Sequence[Path]) -> Stack:
     Raises
     ------
     FileError
-        If a file cannot be read, is cut short, or is no grey CT, or there are several series.
+        If a file is cut short or is no grey CT, or there are several series.
     GeometryError
         If the slices do not form one upright, even grid.
     RangeError
@@ -287,12 +284,13 @@ def open_dicom(ask: Request, files: Sequence[Path]) -> Stack:
     SettingsError
         If the series asked for is not there.
     """
-    _, heads = _one_series(ask, [head for path in files for head in read_slices(path)])
-    for head in heads:
-        check_image(head, ask.modality)
+    _, chosen = _one_series(ask, heads)
+    heads, places, axes = _sorted(ask, chosen)
     check_values(ask, heads)
-    heads, places, axes = _sorted(heads)
     tags = heads[0].tags
+    hold = lru_cache(maxsize=1)(hold_file)  # all frames of a file are unpacked once
+    if any(head.tags["ImageComments"] for head in heads):
+        ask.notes.append(RESEARCH_ONLY)
     y_mm, x_mm = map(float, tags["PixelSpacing"])
     bent = False
     if len(heads) == 1:
@@ -311,7 +309,7 @@ def open_dicom(ask: Request, files: Sequence[Path]) -> Stack:
     )
 
     def blocks(first: int, last: int) -> Iterator[Block]:
-        return decode_slices(ask, heads[first:last], kind)
+        return decode_slices(ask, heads[first:last], kind, hold)
 
     if (thick := tags["SliceThickness"]) and step > 1.5 * thick and not bent:
         ask.notes.append(
@@ -384,14 +382,14 @@ class DicomFacts(NamedTuple):
     doubles: tuple[int, int]
 
 
-def dicom_facts(ask: Request, files: Sequence[Path]) -> DicomFacts:
+def dicom_facts(ask: Request, heads: Sequence[DicomSlice]) -> DicomFacts:
     """Measure a DICOM series by its headers, also one that would be refused.
 
     Parameters
     ----------
     ask : Request
-        `series` chooses one of several; without it the one with most slices is measured.
-    files : sequence of Path
+        `series` chooses one of several.
+    heads : sequence of DicomSlice
 
     Returns
     -------
@@ -402,14 +400,8 @@ def dicom_facts(ask: Request, files: Sequence[Path]) -> DicomFacts:
     FileError, GeometryError, SettingsError
         If no slice says where it lies, or the slices are of several kinds.
     """
-    heads = [head for path in files for head in read_slices(path)]
-    if ask.series is None and (found := _grouped(_images(heads))):
-        most = max((s for s, _ in found), key=lambda s: s.shape[0])
-        ask = ask._replace(series=str(most.number))
-    summary, heads = _one_series(ask, heads)
-    for head in heads:
-        check_image(head, ask.modality)
-    heads, places, axes = _sorted(heads)
+    summary, chosen = _one_series(ask, heads)
+    heads, places, axes = _sorted(ask, chosen)
     tags = heads[0].tags
     if len(heads) > 1:
         fit = measure_steps(places, axes[:, 2])

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .core import MMSRError
+from .core import FileError, MMSRError
 from .dicom import DicomFacts, dicom_facts, scan_series
-from .headers import read_header
-from .reading import find_scan, open_stack, request
+from .dicom_files import DicomSlice
+from .headers import Header
+from .reading import Found, find_scan, open_stack, read_heads, request
 from .volume import Grid, Request, Stack, Tally
 
 # %% ../nbs/09_scan_info.ipynb #1de3fa7a
@@ -209,16 +210,26 @@ def scan_info(
     SettingsError
         If an argument has no meaning.
     """
-    path = Path(path)
-    kind, files, _ = find_scan(path)
-    modality = modality or ("micro" if kind == "tiff" else "clinical")
-    ask = request(path, modality=modality, voxel_mm=voxel_mm, voxel_um=voxel_um, series=series)
-    info = ScanInfo(ask.name, _format(kind, files), modality)
-    info, chosen = _dicom_part(info, ask, files) if kind == "dicom" else (info, ask)
-    stack, used, refusals = _open_somehow(path, ask, chosen)
-    info = info._replace(refusals=tuple(refusals), oriented=kind == "dicom")
-    if kind == "volume":
-        info = _file_part(info, files[0])
+    kind, files, _ = found = find_scan(Path(path))
+    heads: list[Any] = []
+    refusals: list[str] = []
+    for file in files:  # once: whatever is asked below is asked of what they say here
+        try:
+            heads += read_heads(kind, file)
+        except MMSRError as e:
+            refusals.append(str(e))
+    said = heads[0].modality if heads and kind == "zarr" else ""
+    modality = modality or said or ("micro" if kind in ("tiff", "zarr") else "clinical")
+    ask = chosen = request(path, modality, voxel_mm, voxel_um, series)
+    info = ScanInfo(ask.name, _format(kind, files), modality, oriented=kind == "dicom")
+    if heads and kind == "dicom":
+        info, chosen = _dicom_part(info, ask, heads)
+    elif heads and kind != "tiff":
+        info = _file_part(info, heads[0])
+    stack, used = None, ask
+    if heads:
+        stack, used = _open_somehow(found, heads, (ask, chosen), refusals)
+    info = info._replace(refusals=tuple(dict.fromkeys(refusals)))
     if stack is None:
         return info
     grid = None if used.voxel and not ask.voxel else stack.grid
@@ -228,35 +239,29 @@ def scan_info(
 
 def _format(kind: str, files: list[Path]) -> str:
     """Name the format of a scan."""
-    name = files[0].name.lower()
-    if kind != "volume":
-        word = {"dicom": "DICOM", "tiff": "TIFF"}[kind]
-        return f"{word}, {len(files)} file{'s' * (len(files) > 1)}"
-    kinds = {".nii": "NIfTI", ".nii.gz": "NIfTI, packed", ".hdr": "NIfTI", ".img": "NIfTI"}
-    kinds |= {".nrrd": "NRRD", ".nhdr": "NRRD", ".mha": "MetaImage", ".mhd": "MetaImage"}
-    return max((k for k in kinds.items() if name.endswith(k[0])), key=lambda k: len(k[0]))[1]
+    if kind in ("dicom", "tiff"):
+        return f"{kind.upper()}, {len(files)} file{'s' * (len(files) > 1)}"
+    words = {".nrrd": "NRRD", ".nhdr": "NRRD", ".mha": "MetaImage", ".mhd": "MetaImage"}
+    words[".gz"] = "NIfTI, packed"
+    return "OME-Zarr" if kind == "zarr" else words.get(files[0].suffix.lower(), "NIfTI")
 
 
-def _dicom_part(info: ScanInfo, ask: Request, files: list[Path]) -> tuple[ScanInfo, Request]:
+def _dicom_part(info: ScanInfo, ask: Request, heads: list[DicomSlice]) -> tuple[ScanInfo, Request]:
     """Add what the headers of DICOM files say, and choose the longest series if none is asked for."""
-    found = scan_series(files)
+    found = scan_series(heads)
     if len(found) > 1:
         info = info._replace(series=tuple(s.line() for s in found))
         if ask.series is None:
             most = max(found, key=lambda s: s.shape[0])
             ask = ask._replace(series=str(most.number))
     try:
-        return info._replace(dicom=dicom_facts(ask, files)), ask
+        return info._replace(dicom=dicom_facts(ask, heads)), ask
     except MMSRError:  # the refusal says why
         return info, ask
 
 
-def _file_part(info: ScanInfo, path: Path) -> ScanInfo:
-    """Add what the header of a file says, if only that can be read."""
-    try:
-        header = read_header(path)
-    except MMSRError:
-        return info
+def _file_part(info: ScanInfo, header: Header) -> ScanInfo:
+    """Add what the header of a file says; it may be all that can be read."""
     x, y, z = header.size[:3]
     kind = f"{header.dtype.newbyteorder('=')}{', packed' * header.packed}"
     info = info._replace(shape=(z, y, x), dtype=kind, oriented=header.axes is not None)
@@ -267,22 +272,23 @@ def _file_part(info: ScanInfo, path: Path) -> ScanInfo:
 
 
 def _open_somehow(
-    path: Path, ask: Request, chosen: Request
-) -> tuple[Stack | None, Request, list[str]]:
-    """Open a scan as asked, or as it can be; with it come the lines that refuse it."""
-    refusals: list[str] = []
+    found: Found, heads: list[Any], asked: tuple[Request, Request], refusals: list[str]
+) -> tuple[Stack | None, Request]:
+    """Open a scan as asked, or as it can be; the lines that refuse it are added."""
+    ask, chosen = asked
     forced = chosen._replace(force=True)
-    ways = [ask, chosen, forced, forced._replace(resample=True)]
+    ways = [ask, *([chosen] * (chosen != ask)), forced, forced._replace(resample=True)]
     if ask.voxel is None:
         ways.append(ways[-1]._replace(voxel=(0.1, 0.1, 0.1)))  # possible for both modalities
     for way in ways:
         way = way._replace(notes=[])
         try:
-            return open_stack(way, path), way, refusals
+            return open_stack(way, found, heads), way
         except MMSRError as e:
-            if str(e) not in refusals:
-                refusals.append(str(e))
-    return None, ask, refusals
+            refusals.append(str(e))
+            if way.force and isinstance(e, FileError):  # damage, which no other way mends
+                break
+    return None, ask
 
 # %% ../nbs/09_scan_info.ipynb #9cfd5a68
 _TRUST = "taken on trust: "
@@ -431,34 +437,27 @@ def info_text(info: ScanInfo) -> str:
 
 def _dicom_lines(facts: DicomFacts) -> list[tuple[str, str]]:
     """Put what the headers of a series say into lines."""
-    series = facts.series
-    lines = [("packing", facts.packing + ", with loss" * facts.lossy)]
-    if series.series_number is not None:
-        lines.append(("number", f"series {series.series_number}"))
-    if series.kernel:
-        lines.append(("kernel", series.kernel))
-    if series.thickness_mm:
-        lines.append(
-            ("thickness", f"{series.thickness_mm:g} mm, slices {facts.spacing_mm[0]:.4g} mm apart")
-        )
-    if facts.tilt_degrees:
-        lines.append(
-            (
-                "tilt",
-                f"{facts.tilt_degrees:.1f}°, {facts.sideways_mm:.1f} mm sideways over the stack",
-            )
-        )
-    if facts.missing:
-        places = ", ".join(f"{n} at {mm:.4g} mm" for mm, n in facts.gaps[:6])
-        lines.append(("gaps", f"missing slices: {facts.missing} ({places} from the first slice)"))
-    elif facts.steps_mm[1] - facts.steps_mm[0] > 0.1 * facts.spacing_mm[0]:
-        lines.append(("steps", f"{facts.steps_mm[0]:.4g} to {facts.steps_mm[1]:.4g} mm apart"))
-    copies, different = facts.doubles
-    if copies or different:
-        lines.append(("doubles", f"{copies} places with copies, {different} with different slices"))
-    if facts.photometric not in ("MONOCHROME2", ""):
-        lines.append(("photometric", facts.photometric))
-    return lines
+    series, (copies, different), (low, high) = facts.series, facts.doubles, facts.steps_mm
+    places = ", ".join(f"{n} at {mm:.4g} mm" for mm, n in facts.gaps[:6])
+    apart = f"slices {facts.spacing_mm[0]:.4g} mm apart"
+    uneven = not facts.missing and high - low > 0.1 * facts.spacing_mm[0]
+    way = f"{facts.sideways_mm:.1f} mm sideways over the stack"
+    lines = [
+        ("packing", facts.packing + ", with loss" * facts.lossy),
+        ("number", series.series_number is not None and f"series {series.series_number}"),
+        ("kernel", series.kernel),
+        ("thickness", series.thickness_mm and f"{series.thickness_mm:g} mm, {apart}"),
+        ("tilt", facts.tilt_degrees and f"{facts.tilt_degrees:.1f}°, {way}"),
+        ("gaps", places and f"missing slices: {facts.missing} ({places} from the first slice)"),
+        ("steps", uneven and f"{low:.4g} to {high:.4g} mm apart"),
+        (
+            "doubles",
+            any(facts.doubles)
+            and f"{copies} places with copies, {different} with different slices",
+        ),
+        ("photometric", facts.photometric != "MONOCHROME2" and facts.photometric),
+    ]
+    return [(label, text) for label, text in lines if text]
 
 
 def info_picture(info: ScanInfo) -> Any:

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['AIR_HU', 'PADDING_BELOW_HU', 'IMPOSSIBLE_HU', 'Block', 'IN_PLANE_MM', 'MODALITIES', 'Grid', 'DicomSource', 'Volume',
            'slice_range', 'sr_geometry', 'resample_in_plane', 'padding_values', 'Request', 'doubt', 'Tally', 'Stack',
-           'SliceReader', 'volume_of', 'check_spacing', 'voxel_size', 'given_voxel']
+           'SliceReader', 'HeldFile', 'volume_of', 'check_spacing', 'voxel_size', 'given_voxel']
 
 # %% ../nbs/01_volume.ipynb #aff689c4
 import math
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -16,13 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from mmsr.core import (
-    FileError,
-    GeometryError,
-    MMSRError,
-    RangeError,
-    SettingsError,
-)
+from .core import FileError, GeometryError, MMSRError, RangeError, SettingsError
 
 # %% ../nbs/01_volume.ipynb #84b518ac
 class Grid(NamedTuple):
@@ -377,11 +372,8 @@ class Tally:
         """
         if block.dtype.itemsize == 1 and not self.eight_bit:
             self.eight_bit = True
-            text = (
-                f"{self.ask.name}: expected HU, got 8-bit grey, which cannot hold them; give the "
-                "original"
-            )
-            doubt(self.ask, RangeError, text)
+            text = "expected HU, got 8-bit grey, which cannot hold them; give the original"
+            doubt(self.ask, RangeError, f"{self.ask.name}: {text}")
         whole = block
         if block.dtype.kind == "f":
             bad = ~np.isfinite(block)
@@ -410,21 +402,18 @@ class Tally:
         values = padding_values(counts)
         padding = int(counts[values + 32768].sum())
         air = int(counts[: 32768 - 500].sum()) - padding
-        if self.lost:
-            text = f"{ask.name}: {self.lost} voxels are not finite; replace them"
-            doubt(ask, RangeError, text)
-        if self.over:
-            text = (
-                f"{ask.name}: {self.over} voxels lie above 32767, which HU never do; check the unit"
-            )
-            doubt(ask, RangeError, text)
-        if air < 0.001 * (counts.sum() - padding):
-            low, high = (np.flatnonzero(counts)[[0, -1]] - 32768).tolist()
-            text = (
-                f"{ask.name}: values {low} to {high} do not look like HU: expected air (below −500 HU) "
-                "in at least 0.1 % of the voxels; give the scan in HU"
-            )
-            doubt(ask, RangeError, text)
+        low, high = (np.flatnonzero(counts)[[0, -1]] - 32768).tolist()
+        for doubted, text in (
+            (self.lost, f"{self.lost} voxels are not finite; replace them"),
+            (self.over, f"{self.over} voxels lie above 32767, which HU never do; check the unit"),
+            (
+                air < 0.001 * (counts.sum() - padding),
+                f"values {low} to {high} do not look like HU: expected air (below −500 HU) in at "
+                "least 0.1 % of the voxels; give the scan in HU",
+            ),
+        ):
+            if doubted:
+                doubt(ask, RangeError, f"{ask.name}: {text}")
         if self.rounded:
             ask.notes.append("values rounded to whole HU")
         table = np.arange(65536, dtype=np.uint16).view(np.int16)
@@ -524,6 +513,37 @@ class SliceReader:
         return np.asarray(self[:], dtype)
 
 
+class HeldFile:
+    """An open file that is closed when nobody can read from it any more.
+
+    Parameters
+    ----------
+    file : file, or what else has `close`
+    """
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.lock = file, threading.Lock()
+
+    def __del__(self) -> None:
+        self.file.close()
+
+    def read(self, start: int, count: int) -> bytes:
+        """Read bytes from a place, whoever else reads at the same time.
+
+        Parameters
+        ----------
+        start, count : int
+
+        Returns
+        -------
+        bytes
+            Fewer than `count` at the end of the file.
+        """
+        with self.lock:
+            self.file.seek(start)
+            return self.file.read(count)
+
+
 def volume_of(ask: Request, stack: Stack, *, lazy: bool = False) -> Volume:
     """Make a volume from an opened scan.
 
@@ -548,72 +568,48 @@ def volume_of(ask: Request, stack: Stack, *, lazy: bool = False) -> Volume:
         If values cannot be HU, or are not finite, or the slices are not there.
     """
     first, last = slice_range(ask.slices, stack.shape[0], ask.name)
-    shape = (last - first, *stack.shape[1:])
-    array: np.ndarray | SliceReader
-    if ask.modality == "clinical":
+    shape, clinical = (last - first, *stack.shape[1:]), ask.modality == "clinical"
+    dtype, table, total = np.dtype(np.int16) if clinical else stack.dtype, np.empty(0), 0
+    whole = np.empty((0, 0, 0) if lazy else shape, dtype)
+    if clinical:
         tally = Tally(ask)
-        if lazy:
-            total = 0
-            for block, padding in stack.blocks(first, last):
-                total = zlib.crc32(tally.hu_slice(block, padding).data, total)
-            table = tally.air_table()
-            total = zlib.crc32(table.data, total)
-            array = _lazy_hu(ask, stack, (first, last), table, f"{total:08x}")
-        else:
-            array = np.empty(shape, np.int16)
-            for target, (block, padding) in zip(array, stack.blocks(first, last), strict=True):
-                target[:] = tally.hu_slice(block, padding)
-            table = tally.air_table()
-            for target in array:
-                target[:] = table[target.view(np.uint16)]
-    else:
-        array = SliceReader(
-            shape, stack.dtype, lambda a, b: _grey(ask, stack, first + a, first + b)
-        )
-        if not lazy:
-            array = array[:]
-    x, y, z = map(float, stack.grid.world_mm((first, 0, 0)))
-    source = stack.source
-    if source is not None:
-        source = source._replace(instances=source.instances[first:last])
-    placed = stack.grid._replace(origin_mm=(x, y, z))
-    unit = "HU" if ask.modality == "clinical" else "grey"
-    return Volume(array, *placed, ask.modality, unit, tuple(dict.fromkeys(ask.notes)), source)
-
-
-def _lazy_hu(
-    ask: Request, stack: Stack, slices: tuple[int, int], table: np.ndarray, fingerprint: str
-) -> SliceReader:
-    """Rescale and clean slices when they are read, as the whole scan was judged."""
-    first, last = slices
+        for z, (block, padding) in enumerate(stack.blocks(first, last)):
+            hu = tally.hu_slice(block, padding)
+            if lazy:
+                total = zlib.crc32(hu.data, total)
+            else:
+                whole[z] = hu
+        table = tally.air_table()
+        for plane in whole:
+            plane[:] = table[plane.view(np.uint16)]
+        total = zlib.crc32(table.data, total)
     quiet = ask._replace(notes=[], force=True)  # whatever there was to say has been said
 
     def read(start: int, stop: int) -> Iterator[np.ndarray]:
-        for block, padding in _blocks(ask, stack, first + start, first + stop):
-            yield table[Tally(quiet).hu_slice(block, padding).view(np.uint16)]
+        try:
+            for block, padding in stack.blocks(first + start, first + stop):
+                if clinical:
+                    yield table[Tally(quiet).hu_slice(block, padding).view(np.uint16)]
+                elif block.dtype.kind == "f" and not np.isfinite(block).all():
+                    text = "expected finite grey values, got NaN or infinity; mend it"
+                    raise RangeError(f"{ask.name}: {text}")
+                else:
+                    yield np.array(block)
+        except OSError as e:  # the files have gone meanwhile
+            reason = e.strerror or type(e).__name__
+            raise FileError(
+                f"{ask.name}: can no longer be read ({reason}); check the disk and run again"
+            ) from e
 
-    return SliceReader((last - first, *stack.shape[1:]), np.dtype(np.int16), read, fingerprint)
-
-
-def _blocks(ask: Request, stack: Stack, first: int, last: int) -> Iterator[Block]:
-    """Decode slices; say in one line when the files have gone meanwhile."""
-    try:
-        yield from stack.blocks(first, last)
-    except OSError as e:
-        reason = e.strerror or type(e).__name__
-        raise FileError(
-            f"{ask.name}: can no longer be read ({reason}); check the disk and run again"
-        ) from e
-
-
-def _grey(ask: Request, stack: Stack, first: int, last: int) -> Iterator[np.ndarray]:
-    """Decode grey slices, which must be finite."""
-    for block, _ in _blocks(ask, stack, first, last):
-        if block.dtype.kind == "f" and not np.isfinite(block).all():
-            raise RangeError(
-                f"{ask.name}: expected finite grey values, got NaN or infinity; mend it"
-            )
-        yield np.array(block)
+    later = SliceReader(shape, dtype, read, f"{total:08x}" if clinical else "")
+    array = later if lazy else whole if clinical else later[:]
+    left, back, high = map(float, stack.grid.world_mm((first, 0, 0)))
+    source = stack.source
+    if source is not None:
+        source = source._replace(instances=source.instances[first:last])
+    placed = stack.grid._replace(origin_mm=(left, back, high))
+    unit = "HU" if clinical else "grey"
+    return Volume(array, *placed, ask.modality, unit, tuple(dict.fromkeys(ask.notes)), source)
 
 # %% ../nbs/01_volume.ipynb #f05411ef
 IN_PLANE_MM = {"clinical": (0.02, 5.0), "micro": (0.001, 0.5)}

@@ -25,18 +25,19 @@ import numpy as np
 from .core import FileError, GeometryError, MMSRError, RangeError, ResourceError, ShapeError
 from .volume import Volume
 from mmsr.writers import (
+    CHUNK,
+    FORMATS,
     TYPES,
     Identity,
+    Target,
     Writer,
-    dicom_writer,
-    gzip_writer,
     new_identity,
-    raw_writer,
-    zarr_writer,
+    pyramid_shapes,
+    suffix_of,
 )
 
 # %% ../nbs/08b_writing.ipynb #6b6fcf00
-WRITABLE = (".mha", ".nrrd", ".nii", ".nii.gz", ".ome.zarr", ".dicom")
+WRITABLE = tuple(FORMATS)
 THREADS = min(8, max(2, (os.cpu_count() or 2) // 2))  # that store slices
 
 
@@ -59,9 +60,8 @@ def writable_suffix(path: str | Path) -> str:
         If the ending is not one of them, or the folder it shall stand in is missing.
     """
     path = Path(path)
-    name = path.name.lower()
-    suffix = max((s for s in WRITABLE if name.endswith(s)), key=len, default="")
-    if not suffix or name == suffix:
+    suffix = suffix_of(path)
+    if not suffix or path.name.lower() == suffix:
         raise FileError(f"{path}: expected an ending of {', '.join(WRITABLE)}")
     if not path.parent.is_dir():
         raise FileError(f"{path}: its folder does not exist; create {path.parent} first")
@@ -142,10 +142,16 @@ def disk_needed(path: str | Path, shape: tuple[int, int, int], dtype: Any) -> in
     int
         Bytes, as if nothing could be packed.
     """
-    raw = math.prod(shape) * np.dtype(dtype).itemsize
-    # a pyramid adds 1/4 + 1/16 + …; packed slices are kept until they are joined
-    times = {".ome.zarr": 4 / 3, ".nii.gz": 2}.get(writable_suffix(path), 1)
-    return int(raw * times) + (shape[0] + 1) * 65536  # headers, tables, and whole disk blocks
+    (depth, *plane), suffix = shape, writable_suffix(path)
+    voxels = math.prod(plane)
+    if suffix == ".ome.zarr":  # all levels, and what their chunks are filled up with
+        sides = np.array(pyramid_shapes((plane[0], plane[1])))
+        filled = np.where(sides > CHUNK, -(-sides // CHUNK) * CHUNK, sides)
+        voxels = int(filled.prod(1).sum())
+    if suffix == ".nii.gz":  # packed slices are kept until they are joined
+        voxels *= 2
+    # headers, tables, and whole disk blocks
+    return depth * voxels * np.dtype(dtype).itemsize + (depth + 1) * 65536
 
 
 def free_space(path: str | Path) -> int:
@@ -176,10 +182,9 @@ def open_writer(
     volume : Volume
         Shape, type and grid; its voxels are not read.
     identity : Identity, optional
-        For the identifiers in DICOM; a new one by default.
+        Whose work it is; a new one by default.
     sync : bool
-        A slice counts as put when the disk says so, not when the system has taken it: for jobs that
-        shall outlive a power failure.
+        As in `Target`: for jobs that shall outlive a power failure.
 
     Returns
     -------
@@ -191,16 +196,9 @@ def open_writer(
         As `check_writable`; and ResourceError, also by `put` and `join`, if the disk is full.
     """
     path, dtype = Path(path), check_writable(path, volume)
-    suffix = writable_suffix(path)
     with disk_errors(path):
-        if suffix == ".ome.zarr":
-            inner = zarr_writer(path, volume, dtype, sync=sync)
-        elif suffix == ".dicom":
-            inner = dicom_writer(path, volume, identity or new_identity(), sync=sync)
-        elif suffix == ".nii.gz":
-            inner = gzip_writer(path, volume, dtype, sync=sync)
-        else:
-            inner = raw_writer(path, volume, dtype, sync=sync)
+        to = Target(path, volume, dtype, identity or new_identity(), sync)
+        inner = FORMATS[suffix_of(path)](to)
 
     def put(z: int, plane: np.ndarray) -> None:
         if plane.shape != volume.array.shape[1:] or plane.dtype != volume.array.dtype:

@@ -1,5 +1,7 @@
 """The command line: what it writes, and what it refuses in one line without leaving anything."""
 
+import contextlib
+import errno
 import json
 import os
 import re
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import mmsr
@@ -54,7 +57,7 @@ class Place(NamedTuple):
     scan: Path
     clinical: Volume
     weights: Path
-    instance: Path
+    other: Path
 
 
 class Said(NamedTuple):
@@ -98,7 +101,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
         folder / "scan.nii.gz",
         clinical,
         weights_file(folder / "small.safetensors", skip=True),
-        weights_file(folder / "instance.safetensors", norm="instance"),
+        weights_file(folder / "other.safetensors", norm="instance"),
     )
 
 
@@ -175,7 +178,7 @@ def test_super_resolve_writes_volume_picture_and_map(
     arguments = ("--weights", place.weights, "--consistency", apart, "--tile", 16)
     said = call(capsys, "super-resolve", place.scan, target, *arguments)
     assert said.code == 0, said
-    assert sorted(content(out)) == sorted(["apart.mha", f"sr.v1{ending}", "sr.v1.png"])
+    assert sorted(content(out)) == sorted(["apart.mha", f"sr.v1{ending}", f"sr.v1{ending}.png"])
     image = sitk.ReadImage(str(target))
     assert image.GetPixelIDValue() == sitk.sitkInt16
     np.testing.assert_allclose(image.GetSpacing(), (0.078125, 0.078125, 0.6), rtol=1e-5)
@@ -186,7 +189,7 @@ def test_super_resolve_writes_volume_picture_and_map(
     np.testing.assert_allclose(map_hu.GetOrigin(), place.clinical.origin_mm, atol=1e-4)
     wanted = means - place.clinical.array
     np.testing.assert_allclose(sitk.GetArrayFromImage(map_hu), wanted, atol=0.01)
-    with Image.open(out / "sr.v1.png") as picture:
+    with Image.open(out / f"sr.v1{ending}.png") as picture:
         picture.load()
         assert min(picture.size) > 100
     assert RESEARCH_ONLY in said.out
@@ -305,7 +308,7 @@ def test_refusal(place: Place, out: Path, capsys: pytest.CaptureFixture[str], na
     assert content(place.folder) == before
 
 
-@pytest.mark.parametrize("existing", ["a.mha", "a.png", "map.nrrd"])
+@pytest.mark.parametrize("existing", ["a.mha", "a.mha.png", "map.nrrd"])
 def test_nothing_is_replaced_unasked(
     place: Place, out: Path, capsys: pytest.CaptureFixture[str], existing: str
 ) -> None:
@@ -471,7 +474,72 @@ def test_parts_are_joined_by_a_last_call(
         assert not (out / "a.nrrd").exists()
     assert call(capsys, *arguments).code == 0
     overlays(sitk.ReadImage(str(out / "a.nrrd")), place.clinical)
-    assert sorted(p.name for p in out.iterdir()) == ["a.nrrd", "a.png"]
+    before = content(out)
+    assert sorted(before) == ["a.nrrd", "a.nrrd.png"]
+    for more in ((), ("--part", "1/2"), ("--part", "2/2"), ("--plan",)):  # a cluster repeats itself
+        said = call(capsys, *arguments, *more)
+        assert (said.code, said.err) == (0, "")
+        assert re.fullmatch(r".*a.nrrd: is finished, .* nothing is left to do\n", said.out)
+    said = call(capsys, *arguments, "--exact-means")  # another job's output would not pass for its
+    refused(said, "a.nrrd: exists already", "--overwrite")
+    assert content(out) == before
+
+
+@pytest.mark.parametrize("ending", [".mha", ".nii", ".nii.gz", ".ome.zarr", ".dicom"])
+def test_what_is_finished_says_whose_it_is(
+    place: Place, out: Path, capsys: pytest.CaptureFixture[str], ending: str
+) -> None:
+    arguments = ("super-resolve", place.scan, out / f"a{ending}", "--slices", "0:1")
+    arguments = (*arguments, "--weights", place.weights)
+    assert call(capsys, *arguments).code == 0
+    assert "nothing is left to do" in call(capsys, *arguments).out
+    refused(call(capsys, *arguments[:-1], place.other), "exists already")
+    (out / f"a{ending}.unfinished").mkdir()  # a kill came before the very last step
+    assert call(capsys, *arguments).code == 0
+    assert sorted(p.name for p in out.iterdir()) == [f"a{ending}", f"a{ending}.png"]
+
+
+def test_pictures_have_names_of_their_own(
+    place: Place, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a.mha", "a.nrrd"):
+        arguments = (place.scan, out / name, "--slices", "0:1", "--weights", place.weights)
+        assert call(capsys, "super-resolve", *arguments).code == 0
+    assert sorted(content(out)) == ["a.mha", "a.mha.png", "a.nrrd", "a.nrrd.png"]
+
+
+def test_a_picture_is_no_reason_to_fail(
+    place: Place, out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The volume is what was asked for: one line on stderr, and exit code 0."""
+
+    class Unwritable(Figure):
+        def savefig(self, *_: object, **__: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cli, "overview", lambda *_: Unwritable())
+    arguments = (place.scan, out / "a.mha", "--slices", "0:1", "--weights", place.weights)
+    said = call(capsys, "super-resolve", *arguments)
+    (line,) = [line for line in lines_of(said.err) if "picture" in line]
+    assert line.startswith("note: no picture: ")
+    assert "a.mha.png" in line
+    assert said.code == 0
+    assert "a picture of one slice" not in said.out
+    assert list(content(out)) == ["a.mha"]
+
+
+@pytest.mark.parametrize("facts", ["[]", "{}", "null", "[1, 2]", "[{}]", '"x"'])
+def test_a_record_changed_by_hand(
+    place: Place, out: Path, capsys: pytest.CaptureFixture[str], facts: str
+) -> None:
+    arguments = ("super-resolve", place.scan, out / "a.mha", "--weights", place.weights)
+    assert call(capsys, *arguments, "--part", "1/2").code == 0
+    record = out / "a.mha.unfinished" / "job.json"
+    record.write_text(record.read_text().rstrip().removesuffix("}") + f', "facts": {facts}}}')
+    before = content(out)
+    said = call(capsys, *arguments)
+    refused(said._replace(err=said.err.splitlines()[-1]), "job.json", "by hand", "remove")
+    assert content(out) == before
 
 
 def test_exact_means_and_maps(place: Place, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -522,7 +590,7 @@ def test_full_disk(
 ) -> None:
     """No room for the volume (481 kB), or for the map: refused before anything is begun."""
     room_kb = {"volume": 200, "map": 0}[lacking]
-    (small_disk / "a.png").write_bytes(b"an earlier picture")
+    (small_disk / "a.mha.png").write_bytes(b"an earlier picture")
     (small_disk / "filler").write_bytes(bytes(1024 * (1024 - 4 - room_kb)))
     arguments = ["--weights", place.weights, "--overwrite"]
     target = small_disk / "a.mha"
@@ -533,6 +601,36 @@ def test_full_disk(
     before = content(small_disk), content(out)
     refused(call(capsys, "super-resolve", place.scan, target, *arguments), "free some space")
     assert (content(small_disk), content(out)) == before
+
+
+def test_a_disk_that_fills_while_the_job_runs(
+    place: Place,
+    small_disk: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There is room when the job begins; after its first slice another program takes it."""
+    rival, draw = small_disk / "rival", cli.overview
+
+    def fill(*seen: object) -> Figure:
+        with contextlib.suppress(OSError):  # to the last byte
+            rival.write_bytes(bytes(1 << 20))
+        return draw(*seen)
+
+    monkeypatch.setattr(cli, "overview", fill)
+    arguments = ("super-resolve", place.scan, small_disk / "a.mha", "--weights", place.weights)
+    said = call(capsys, *arguments)
+    *plan, line = lines_of(said.err)
+    assert len(plan) == 4
+    refused(said._replace(err=line), "a.mha", "the disk is full", "free some space")
+    assert not (small_disk / "a.mha").exists()
+    work = small_disk / "a.mha.unfinished"
+    assert (work / "job.json").is_file()
+    monkeypatch.undo()
+    rival.unlink()
+    assert call(capsys, *arguments).code == 0
+    overlays(sitk.ReadImage(str(small_disk / "a.mha")), place.clinical)
+    assert not work.exists()
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
@@ -548,9 +646,9 @@ def test_read_only_folder(place: Place, out: Path, capsys: pytest.CaptureFixture
 
 def test_ctrl_c(place: Place, out: Path, tmp_path: Path) -> None:
     """A real SIGINT, to a real process, in the middle of its slices."""
-    large = np.full((40, 192, 192), -800, np.int16)
+    large = np.full((60, 128, 128), -800, np.int16)
     write_volume(tmp_path / "large.mha", place.clinical._replace(array=large))
-    slow = weights_file(tmp_path / "slow.safetensors", channels=64, blocks=4)
+    slow = weights_file(tmp_path / "slow.safetensors", channels=32, blocks=4)
     job = child("super-resolve", tmp_path / "large.mha", out / "a.mha", "--weights", slow)
     try:
         assert job.stderr is not None
@@ -559,7 +657,7 @@ def test_ctrl_c(place: Place, out: Path, tmp_path: Path) -> None:
             letter = job.stderr.read(1)
             assert letter, said
             said += letter
-        time.sleep(0.5)
+        time.sleep(0.3)
         job.send_signal(signal.SIGINT)
         rest, err = job.communicate(timeout=60)
     finally:
@@ -719,6 +817,6 @@ def test_real_scan(place: Place, out: Path) -> None:
     assert image.GetSize() == (4096, 4096, 2)
     np.testing.assert_allclose(image.GetSpacing(), (0.0675, 0.0675, 2.0), atol=1e-3)
     overlays(image, read_volume(scan, slices=(60, 62)))
-    with Image.open(out / "sr.png") as picture:
+    with Image.open(out / "sr.mha.png") as picture:
         picture.load()
         assert min(picture.size) > 300

@@ -4,6 +4,7 @@ Real processes over gloo on the loopback interface: started by hand as a cluster
 by torchrun, and by srun of a real Slurm, where there is one.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -74,13 +75,16 @@ PartitionName=main Nodes=localhost Default=YES MaxTime=10 State=UP
 
 
 def free_ports(n: int) -> list[int]:
-    """Find ports of the loopback interface that nobody uses now."""
-    sockets = [socket.socket() for _ in range(n)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
+    """Find ports that nobody uses, below those that systems deal out to whoever asks for any."""
+    ports: list[int] = []
+    with contextlib.ExitStack() as open_ones:
+        for port in range(20_000 + os.getpid() % 1000 * 10, 32_000):
+            one = open_ones.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                one.bind(("127.0.0.1", port))
+                ports.append(port)
+            if len(ports) == n:
+                break
     return ports
 
 

@@ -81,7 +81,7 @@ def test_round_trip(settings: AnyGenerator, tmp_path: Path) -> None:
     path = tmp_path / "g1.safetensors"
     save_generator(path, g1, record_of(settings, measures={"PSNR": 15.25}))
     again, record = load_generator(path)
-    x = torch.rand(1, 1, 7, 5) * 2 - 1
+    x = torch.rand(1, 1, 7, 5, generator=torch.Generator().manual_seed(4)) * 2 - 1
     with torch.no_grad():
         assert torch.equal(again(x), g1(x))
     assert record.g1 == settings

@@ -12,7 +12,7 @@ from peak import PEAK_BYTES
 
 from mmsr.core import FileError, GeometryError, RangeError
 from mmsr.preprocess import lung_mask, micro_window, specimen_mask
-from mmsr.reading import open_volume, read_mask, read_volume
+from mmsr.reading import read_mask, read_volume
 from mmsr.volume import Volume
 from mmsr.writing import write_volume
 
@@ -279,7 +279,7 @@ def test_masks_on_a_turned_grid(tmp_path):
 
 def test_a_scan_that_is_read_slice_by_slice(tmp_path):
     write_volume(tmp_path / "scan.mha", ball())
-    assert (lung_mask(open_volume(tmp_path / "scan.mha")) == lung_mask(ball())).all()
+    assert (lung_mask(read_volume(tmp_path / "scan.mha", lazy=True)) == lung_mask(ball())).all()
 
 
 def test_tiff_masks_have_no_place_and_need_the_same_shape(tmp_path):

@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
+from dicom_maker import series
 from matplotlib.text import Text
-from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from mmsr.cli import main
 from mmsr.core import seeded
@@ -18,7 +18,7 @@ from mmsr.figures import overview
 from mmsr.generator_files import GeneratorRecord, load_generator, save_generator
 from mmsr.generators import G1Settings, build_g1
 from mmsr.preprocess import CLINICAL_WINDOW
-from mmsr.reading import open_volume
+from mmsr.reading import read_volume
 from mmsr.scan_info import info_picture, scan_info
 from mmsr.super_resolve import SROptions, super_resolve_slices
 
@@ -76,31 +76,15 @@ def leaks(folder: Path) -> dict[str, list[str]]:
 @pytest.fixture(scope="module")
 def patient(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("series")
-    rng = seeded(4, "privacy")
-    study, series, frame = (generate_uid(entropy_srcs=[x]) for x in ("study", "series", "frame"))
     yy, xx = np.mgrid[:48, :48]
-    for k in range(3):
-        meta = FileMetaDataset()
-        meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        meta.MediaStorageSOPClassUID = CTImageStorage
-        meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=[f"slice {k}"])
-        d = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
-        d.SOPClassUID, d.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
-        d.StudyInstanceUID, d.SeriesInstanceUID, d.FrameOfReferenceUID = study, series, frame
-        d.Modality, d.SeriesNumber, d.InstanceNumber = "CT", 2, k + 1
-        for tag, value in SECRETS.items():
-            setattr(d, tag, value)
+    body = np.where(np.hypot(yy - 24, xx - 24) < 20, 30, -1000)
+    body[np.hypot(yy - 24, xx - 18) < 9] = -850
+    hu = body + seeded(4, "privacy").normal(0, 20, (3, 48, 48))
+    tags = {"PixelSpacing": [0.7, 0.7], "SliceThickness": 2.0, **SECRETS}
+    for path in series(folder, hu, step=(0, 0, 2.0), intercepts=(-2000,), **tags).iterdir():
+        d = pydicom.dcmread(path)
         d.add_new(0x00091001, "LO", "Quimby, private")
-        d.Rows = d.Columns = 48
-        d.SamplesPerPixel, d.PhotometricInterpretation = 1, "MONOCHROME2"
-        d.BitsAllocated, d.BitsStored, d.HighBit, d.PixelRepresentation = 16, 16, 15, 1
-        d.PixelSpacing, d.ImageOrientationPatient = [0.7, 0.7], [1, 0, 0, 0, 1, 0]
-        d.ImagePositionPatient, d.SliceThickness = [-16.0, -16.0, 2.0 * k], 2.0
-        d.RescaleSlope, d.RescaleIntercept = 1, 0
-        body = np.where(np.hypot(yy - 24, xx - 24) < 20, 30, -1000)
-        body[np.hypot(yy - 24, xx - 18) < 9] = -850
-        d.PixelData = (body + rng.normal(0, 20, body.shape)).astype("<i2").tobytes()
-        d.save_as(folder / f"{k:03d}.dcm", enforce_file_format=True)
+        d.save_as(path)
     assert leaks(folder)  # the search finds her where she is
     return folder
 
@@ -151,11 +135,9 @@ def test_volumes_maps_pictures_and_logs(
 def test_derived_dicom_keeps_no_old_identifier_of_study_or_series(
     patient: Path, weights: Path, tmp_path: Path
 ) -> None:
-    import pydicom
-
     out = tmp_path / "sr.dicom"
     mmsr("super-resolve", patient, out, "--weights", weights)
-    source = pydicom.dcmread(patient / "001.dcm")
+    source = pydicom.dcmread(patient / "01.dcm")
     derived = [pydicom.dcmread(p) for p in sorted(out.iterdir())]
     assert len(derived) == 3
     for d in derived:
@@ -179,7 +161,7 @@ def test_information_and_its_picture(patient: Path, tmp_path: Path) -> None:
 
 def test_the_picture_of_a_result(patient: Path, weights: Path) -> None:
     g1, record = load_generator(weights)
-    volume = open_volume(patient)
+    volume = read_volume(patient, lazy=True)
     one = next(super_resolve_slices(volume, [1], g1, record, SROptions()))
     texts = [t.get_text() for t in overview(volume, one).findobj(Text)]
     assert any("patient data" in t for t in texts)
@@ -196,8 +178,6 @@ def test_an_executed_notebook(patient: Path, weights: Path, tmp_path: Path) -> N
 
 
 def test_refusals_do_not_quote_the_header(patient: Path, tmp_path: Path) -> None:
-    import pydicom
-
     spoilt = tmp_path / "spoilt"
     spoilt.mkdir()
     for path in patient.iterdir():

@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+import json
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import tempfile
 import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nibabel
@@ -18,8 +20,11 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import tifffile
+import zarr
+from dicom_maker import chest, series
 from peak import PEAK_BYTES
 
+import mmsr.reading
 from mmsr.core import (
     FileError,
     GeometryError,
@@ -28,23 +33,16 @@ from mmsr.core import (
     SettingsError,
     ShapeError,
 )
-from mmsr.reading import open_volume, read_volume
+from mmsr.reading import read_volume
 from mmsr.scan_info import info_picture, info_text, scan_info
+from mmsr.volume import Volume
+from mmsr.writing import WRITABLE, write_volume
 
 REAL = Path(os.environ.get("MMSR_REAL_DATA", "/nowhere"))
 real = pytest.mark.skipif(
     not (REAL / "nlst_chest_dicom").is_dir(), reason="MMSR_REAL_DATA does not name the real scans"
 )
 MICRO = {"modality": "micro", "voxel_um": 50}
-
-
-def chest(n=6, h=40, w=48, seed=0):
-    """Make int16 HU: noisy air around a block of tissue, different in each slice."""
-    rng = np.random.default_rng(seed)
-    hu = rng.normal(-990, 20, (n, h, w))
-    hu[:, h // 4 : h // 2, w // 4 : w // 2] = rng.normal(40, 20, (n, h // 4, w // 4))
-    hu[:, 2, 2] = 100 * (np.arange(n) % 30)
-    return np.clip(hu.round(), -1024, 3000).astype(np.int16)
 
 
 def turn(rng):
@@ -205,7 +203,7 @@ def test_a_sheared_volume_is_resampled_when_asked(tmp_path):
     assert np.ptp(centres, axis=0)[:2].max() < 0.1  # the rod stands upright again
     ras = nibabel.affines.apply_affine(affine, (32, 20, 0)) * (-1, -1, 1)
     assert centres[0] == pytest.approx(ras, abs=0.1)
-    lazy = open_volume(tmp_path / "v.nii.gz", resample=True)
+    lazy = read_volume(tmp_path / "v.nii.gz", resample=True, lazy=True)
     assert np.array_equal(np.asarray(lazy.array), scan.array)
 
 
@@ -362,32 +360,33 @@ def test_metaimage_headers_that_are_wrong(tmp_path, line, word):
 # ---------------------------------------------------------------- lazily
 
 
-@pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".mha", "z.nrrd", ".tif", "lzw.tif"])
+@pytest.mark.parametrize(
+    "ending", [".nii.gz", ".nii", ".mha", "z.nrrd", ".tif", "lzw.tif", ".ome.zarr"]
+)
 def test_memory_is_that_of_a_slice_whatever_the_depth(tmp_path, ending):
-    peaks = []
+    options = MICRO if "tif" in ending else {}
     for count in (10, 100):
-        path = tmp_path / f"{count}{ending}"
-        hu = chest(count, 256, 256)
+        path, hu = tmp_path / f"{count}{ending}", chest(count, 256, 256)
         if "tif" in ending:
-            tifffile.imwrite(
-                path, (hu + 1024).astype(np.uint16), compression="lzw" if "lzw" in ending else None
-            )
+            packing = "lzw" if "lzw" in ending else None
+            tifffile.imwrite(path, (hu + 1024).astype(np.uint16), compression=packing)
+        elif "zarr" in ending:
+            write_volume(path, Volume(hu, (2.0, 0.6, 0.6)))
         else:
             saved(path, hu, useCompression="z" in ending)
-        options = MICRO if "tif" in ending else {}
-        code = f"""{PEAK_BYTES}
-from mmsr.reading import open_volume
-v = open_volume({str(path)!r}, **{options!r})
-total = sum(int(v.array[z].sum()) for z in range(len(v.array)))
-assert total != 0
-print(peak_bytes())
+    code = f"""{PEAK_BYTES}
+from mmsr.reading import read_volume
+for count in (10, 100):
+    v = read_volume(f"{tmp_path}/{{count}}{ending}", lazy=True, **{options!r})
+    assert sum(int(v.array[z].sum()) for z in range(count))
+    print(peak_bytes())
 """
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, check=True, timeout=120
-        )
-        peaks.append(int(done.stdout))
-    assert peaks[1] < 1.1 * peaks[0]
-    assert peaks[0] > 20e6, "nothing was measured"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, check=True, timeout=120
+    )
+    few, many = map(int, done.stdout.split())
+    assert many < 1.1 * few
+    assert few > 20e6, "nothing was measured"
 
 
 def test_slices_may_be_asked_for_in_any_order_by_several_threads(tmp_path):
@@ -397,7 +396,7 @@ def test_slices_may_be_asked_for_in_any_order_by_several_threads(tmp_path):
     tifffile.imwrite(tmp_path / "b.tif", grey, imagej=True)
     saved(tmp_path / "c.nii.gz", hu)
     for name, truth in (("a.tif", grey), ("b.tif", grey), ("c.nii.gz", hu)):
-        array = open_volume(tmp_path / name, **(MICRO if "tif" in name else {})).array
+        array = read_volume(tmp_path / name, **(MICRO if "tif" in name else {}), lazy=True).array
         wrong = []
 
         def look(seed, array=array, truth=truth, wrong=wrong):
@@ -418,7 +417,7 @@ def test_unpacking_leaves_nothing_and_says_when_there_is_no_room(tmp_path, monke
     room.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(room))
     path = saved(tmp_path / "v.nii.gz", chest())
-    scan = open_volume(path)
+    scan = read_volume(path, lazy=True)
     assert scan.array[3].shape == (40, 48)
     assert list(room.iterdir()) == []  # it has no name while it is open, either
     data = path.read_bytes()
@@ -455,9 +454,9 @@ sys.exit(4)
 def test_more_than_the_memory_is_refused_before_it_is_taken(tmp_path, monkeypatch):
     path = saved(tmp_path / "v.mha", chest())
     monkeypatch.setattr("mmsr.reading.available_memory", lambda: 10_000)
-    with pytest.raises(ResourceError, match="open_volume"):
+    with pytest.raises(ResourceError, match="lazy=True"):
         read_volume(path)
-    assert np.array_equal(np.asarray(open_volume(path).array), chest())
+    assert np.array_equal(np.asarray(read_volume(path, lazy=True).array), chest())
     assert np.array_equal(read_volume(path, slices=(1, 3)).array, chest()[1:3])
 
 
@@ -484,8 +483,8 @@ def test_stacks_of_more_than_four_gigabytes(tmp_path, how):
     assert path.stat().st_size > 4.5e9
     assert path.stat().st_blocks * 512 < 100e6, "the file should be sparse"
     code = f"""{PEAK_BYTES}
-from mmsr.reading import open_volume
-v = open_volume({str(path)!r}, **{MICRO!r})
+from mmsr.reading import read_volume
+v = read_volume({str(path)!r}, **{MICRO!r}, lazy=True)
 assert v.array.shape == {shape}
 for z, value in {marks}.items():
     one = v.array[z]
@@ -499,7 +498,7 @@ print(peak_bytes())
     with path.open("r+b") as f:
         f.truncate(start + 1000 * 1024 * 1024 * 2)
     with pytest.raises(FileError, match="cut short"):
-        open_volume(path, **MICRO)
+        read_volume(path, **MICRO, lazy=True)
 
 
 @pytest.mark.parametrize(
@@ -601,6 +600,151 @@ def test_inverted_and_packed_grey(tmp_path, how):
     assert "grey" in line_of(tmp_path / "v.tif", **MICRO)
 
 
+# ---------------------------------------------------------------- OME-Zarr
+
+
+def zarr_of_others(path, grey, *, axes="zyx", version=2, unit="micrometer", chunk=8, **more):
+    """Write an OME-Zarr 0.4 (Zarr 2) or 0.5 (Zarr 3) as other tools do; voxels of 40, 20, 10 µm."""
+    group = zarr.open_group(str(path), mode="w", zarr_format=version)
+    lead = len(axes) - 3
+    keys = {"chunk_key_encoding": {"name": "v2", "separator": "/"}} if version == 2 else {}
+    array = group.create_array(
+        "0",
+        shape=(1,) * lead + grey.shape,
+        chunks=(1,) * lead + (chunk,) * 3,
+        dtype=grey.dtype,
+        **keys,
+    )
+    array[:] = grey.reshape(array.shape)
+    kinds = {"t": "time", "c": "channel"}
+    named = [{"name": a, "type": kinds.get(a, "space")} for a in axes]
+    for axis in named[lead:]:
+        axis |= {"unit": unit} if unit else {}
+    own = [
+        {"type": "scale", "scale": [1.0] * lead + [20.0, 10.0, 5.0]},
+        {"type": "translation", "translation": [0.0] * lead + [3.0, 2.0, 1.0]},
+    ]
+    image = {"axes": named, "datasets": [{"path": "0", "coordinateTransformations": own}]}
+    image["coordinateTransformations"] = [{"type": "scale", "scale": [1.0] * lead + [2.0] * 3}]
+    page = {"multiscales": [image], **more}
+    group.attrs.update(page if version == 2 else {"ome": {"version": "0.5", **page}})
+    return path
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("axes", ["zyx", "czyx", "tczyx"])
+def test_ome_zarr_of_others(tmp_path, version, axes):
+    grey = np.random.default_rng(0).integers(1, 60000, (20, 24, 28), dtype=np.uint16)
+    path = zarr_of_others(tmp_path / "v.ome.zarr", grey, axes=axes, version=version)
+    scan = read_volume(path, modality="micro", lazy=True)
+    assert np.array_equal(np.asarray(scan.array), grey)
+    assert np.array_equal(read_volume(path, modality="micro", slices=(5, 9)).array, grey[5:9])
+    assert scan.spacing_mm == pytest.approx((0.04, 0.02, 0.01))
+    assert scan.origin_mm == pytest.approx((0.002, 0.004, 0.006))
+    assert any("oriented" in note for note in scan.notes)
+    info = scan_info(path)
+    assert (info.modality, info.values) == ("micro", (float(grey.min()), float(grey.max())))
+    assert "28 × 24 × 20 voxels" in info_text(info)
+    path.rename(tmp_path / "plain")  # known by what is in it, too
+    assert np.array_equal(read_volume(tmp_path / "plain", modality="micro").array, grey)
+
+
+def test_ome_zarr_with_empty_pieces_and_several_threads(tmp_path):
+    grey = np.random.default_rng(0).integers(1, 60000, (20, 24, 28), dtype=np.uint16)
+    grey[8:16] = 0  # pieces of zeros are not stored
+    path = zarr_of_others(tmp_path / "v.zarr", grey)
+    scan = read_volume(path, modality="micro", lazy=True)
+    assert any("pieces are not there" in note for note in scan.notes)
+    with ThreadPoolExecutor(4) as pool:
+        order = np.random.default_rng(1).permutation(20).tolist()
+        planes = list(pool.map(lambda z: scan.array[z], order))
+    assert np.array_equal(planes, grey[order])
+    for piece in (path / "0").iterdir():
+        if piece.is_dir():
+            shutil.rmtree(piece)
+    assert "voxels are missing" in line_of(path, modality="micro")
+
+
+@pytest.mark.parametrize(
+    ("how", "word"),
+    [
+        ({"axes": "czyx", "two": True}, "'c' 2"),
+        ({"axes": "tzyx", "two": True}, "'t' 2"),
+        ({"axes": "xyz"}, "expected axes z, y, x"),
+        ({"unit": None}, "voxel_mm"),
+        ({"unit": "parsec"}, "voxel_mm"),
+        ({"image-label": {}}, "holds labels"),
+        ({"only": {"labels": ["a"]}}, "list of labels"),
+        ({"only": {"plate": {}}}, "plate of wells"),
+        ({"only": {"well": {}}}, "a well"),
+        ({"only": {"bioformats2raw.layout": 3}}, "collection of images"),
+        ({"only": {}}, "another kind of Zarr"),
+        ({"only": {"multiscales": []}}, "got 0"),
+        ({"only": {"multiscales": [{"axes": ["z", "y", "x"], "datasets": []}]}}, "damaged"),
+    ],
+)
+def test_ome_zarr_that_is_no_scan(tmp_path, how, word):
+    how, grey = dict(how), np.ones((8, 8, 8), np.uint16)
+    two, only = how.pop("two", False), how.pop("only", None)
+    path = zarr_of_others(tmp_path / "v.zarr", grey, **how)
+    if two:
+        group = zarr.open_group(str(path), mode="a")
+        group.create_array("0", shape=(2, 8, 8, 8), chunks=(1, 8, 8, 8), dtype="u2", overwrite=True)
+    if only is not None:
+        (path / ".zattrs").write_text(json.dumps(only))
+    assert word in line_of(path, modality="micro")
+    if "unit" in how:
+        given = read_volume(path, modality="micro", voxel_um=20)
+        assert given.spacing_mm == (0.02, 0.02, 0.02)
+
+
+def test_malformed_ome_zarrs_are_refused_in_a_line_or_read_as_others_read_them(tmp_path, capfd):
+    rng = np.random.default_rng(3)
+    hu, c, s = chest(4, 20, 24), np.cos(0.3), np.sin(0.3)
+    place = (2.5, 0.5, 0.6), (1.0, 2.0, 3.0), (c, -s, 0.0, s, c, 0.0, 0.0, 0.0, 1.0)
+    write_volume(tmp_path / "ours.ome.zarr", Volume(hu, *place))
+    zarr_of_others(tmp_path / "theirs.zarr", (hu + 1024).astype(np.uint16))
+    refused = read = 0
+    for name, pages in (
+        ("ours.ome.zarr", ["zarr.json", "0/zarr.json"]),
+        ("theirs.zarr", [".zattrs", "0/.zarray"]),
+    ):
+        truth = read_volume(tmp_path / name, modality="micro", force=True)
+        pieces = [p for p in sorted((tmp_path / name / "0").rglob("[0-9]")) if p.is_file()]
+        for k in range(60):
+            broken = shutil.copytree(tmp_path / name, tmp_path / "b" / name, dirs_exist_ok=True)
+            page = k % 3 and pages[k % 2]
+            file = broken / (page or pieces[k % len(pieces)].relative_to(tmp_path / name))
+            data = bytearray(file.read_bytes())
+            if k % 5 == 0:
+                data = data[: rng.integers(len(data))]
+            elif page and k % 5 < 3:  # a number becomes another
+                at = rng.choice([m.span() for m in re.finditer(rb"-?\d+(\.\d+)?", bytes(data))])
+                new = rng.choice(["-1", "0", "1e400", "NaN", "987654321", "3", '"x"', "[]"])
+                data[at[0] : at[1]] = str(new).encode()
+            else:
+                for at in rng.integers(0, len(data), 2):
+                    data[at] ^= 1 << rng.integers(0, 8)
+            file.write_bytes(data)
+            start = time.perf_counter()
+            if line_of(broken, modality="micro", force=True) is not None:
+                refused += 1
+            else:
+                scan = read_volume(broken, modality="micro", force=True)
+                read += 1
+                if not np.array_equal(scan.array, truth.array):
+                    assert page or name == "theirs.zarr"  # our pieces carry a checksum
+                    theirs = np.asarray(zarr.open_array(str(broken / "0"), mode="r"))
+                    assert np.array_equal(scan.array, theirs), "other voxels than another reader"
+                if "ours" in name:
+                    assert scan.grid == truth.grid
+            assert time.perf_counter() - start < 10
+    assert refused > 60
+    assert read > 10
+    out, err = capfd.readouterr()
+    assert out + err == ""
+
+
 # ---------------------------------------------------------------- folders and odd things
 
 
@@ -610,7 +754,7 @@ def test_things_that_are_no_scan(tmp_path, monkeypatch):
         ("a.tar.gz", "archive"),
         ("a.png", "pictures"),
         ("a.raw", "header"),
-        ("a.ome.zarr", "OME-Zarr"),
+        ("a.ome.zarr", "another file"),
         ("a.mha.unfinished", "unfinished"),
         ("a.txt", "another file"),
     ):
@@ -653,8 +797,10 @@ def test_info_of_every_format_is_the_same(tmp_path):
     hu = chest(8, 40, 48)
     hu[:, :, :4] = -2048
     seen = []
-    for ending in (".mha", ".nrrd", ".nii", ".nii.gz"):
-        info = scan_info(saved(tmp_path / f"v{ending}", hu, direction=direction))
+    for ending in WRITABLE[:-1]:
+        path = tmp_path / f"v{ending}"
+        write_volume(path, Volume(hu, (2.5, 0.5, 0.6), (-150.7, -160.9, 928.1), direction.ravel()))
+        info = scan_info(path)
         assert info.refusals == ()
         assert info.padding == (pytest.approx(4 / 48), "-2048 HU")
         assert info.values == (float(hu[hu > -2000].min()), float(hu.max()))
@@ -664,6 +810,22 @@ def test_info_of_every_format_is_the_same(tmp_path):
         seen.append((np.round(info.grid.spacing_mm, 5).tolist(), [p.letters for p in info.planes]))
     assert all(s == seen[0] for s in seen)
     assert seen[0][1][0] == ("RA", "LP", "AL", "PR")
+
+
+@pytest.mark.parametrize("what", ["sound", "tilted", "two series", "broken"])
+def test_info_reads_every_header_once(tmp_path, monkeypatch, what):
+    folder = tmp_path / "s"
+    for name in ("a", "b") if what == "two series" else ("",):
+        series(folder / name, chest(5), step=(0, what == "tilted", 2.5))
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    if what == "broken":
+        files[2].write_bytes(files[2].read_bytes()[:140])
+    seen, read = [], mmsr.reading.read_slices
+    monkeypatch.setattr("mmsr.reading.read_slices", lambda p: (seen.append(p), read(p))[1])
+    info = scan_info(folder)
+    assert sorted(seen) == files
+    assert len(info.planes) == 3
+    assert bool(info.refusals) == (what != "sound")
 
 
 def test_info_looks_at_part_of_a_long_scan_and_says_so(tmp_path, monkeypatch):

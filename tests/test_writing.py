@@ -17,7 +17,7 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 import zarr
-from export_job import SLICES, fill, outputs, plane, run
+from export_job import JOB, SLICES, fill, outputs, plane, run
 from peak import PEAK_BYTES
 
 from mmsr.core import (
@@ -31,7 +31,7 @@ from mmsr.core import (
     ShapeError,
     seeded,
 )
-from mmsr.export import Output, open_export, placeholder, share, unfinished
+from mmsr.export import Output, is_finished, open_export, placeholder, share, unfinished
 from mmsr.reading import read_volume
 from mmsr.volume import DicomSource, SliceReader, Volume, sr_geometry
 from mmsr.writers import pyramid, pyramid_shapes
@@ -274,6 +274,19 @@ def test_dicom_says_what_it_is(tmp_path: Path) -> None:
     assert again.SOPInstanceUID != slices[0].SOPInstanceUID  # another object, another name
 
 
+@pytest.mark.skipif(not shutil.which("dciodvfy"), reason="dciodvfy (dicom3tools) is not installed")
+@pytest.mark.parametrize("unit", ["HU", "grey"])
+def test_dciodvfy_finds_no_error(tmp_path: Path, unit: str) -> None:
+    source = DicomSource(
+        "1.2.3", tuple((pydicom.uid.CTImageStorage, f"1.2.3.{z}", 0) for z in range(4))
+    )
+    write_volume(tmp_path / "sr.dicom", enlarged(scan())._replace(source=source, unit=unit))
+    for file in (tmp_path / "sr.dicom").iterdir():
+        said = subprocess.run(["dciodvfy", file], capture_output=True, text=True).stderr
+        assert "CTImage" in said
+        assert [line for line in said.splitlines() if line.startswith("Error")] == []
+
+
 # Of the modules of a CT image (DICOM PS3.3, table A.3-1): what has a value, and what is there.
 TYPE_1 = """StudyInstanceUID Modality SeriesInstanceUID FrameOfReferenceUID ImagePositionPatient
 ImageOrientationPatient PixelSpacing SamplesPerPixel PhotometricInterpretation Rows Columns
@@ -480,7 +493,7 @@ def test_a_kill_before_every_single_step(
             if any(unfinished(folder / f"sr{ending}").iterdir()):
                 run(folder, ending)
             else:  # all but the removal of an empty folder is done
-                refused(FileError, "exists already", run, folder, ending)
+                assert is_finished(outputs(folder, ending), JOB)
         assert content(folder) == whole[ending], f"step {step} of {steps}"
 
 
@@ -621,6 +634,46 @@ def test_jobs_that_are_not_the_same(tmp_path: Path) -> None:
     with open_export({"map": one["map"]}, {"scan": "x"}) as export:
         assert len(export.missing()) == SLICES
     refused(FileError, "belongs to another", open_export, one, {"scan": "abc"})
+
+
+@pytest.mark.parametrize("ending", WRITABLE)
+def test_what_is_finished_knows_its_job(tmp_path: Path, ending: str) -> None:
+    made = outputs(tmp_path, ending)
+    assert not is_finished(made, JOB)
+    with open_export(made, JOB) as export:
+        fill(export)
+        assert not is_finished(made, JOB)
+        assert export.finish() is not None
+    assert is_finished(made, JOB)
+    assert not is_finished(made, {"scan": "other"})
+    for reader in READERS[ending]:  # nobody minds the word
+        assert reader(made["sr"].path)[0].shape == (SLICES, 300, 280)
+    write_volume(made["map"].path, scan())  # one of them is somebody else's
+    assert not is_finished(made, JOB)
+    made["map"].path.write_bytes(b"\x1f\x8bnothing")
+    assert not is_finished(made, JOB)
+
+
+RECORD = {"uid": "x", "plan": [], "created": None, "facts": [], "plan.slices": "nine"}
+
+
+@pytest.mark.parametrize("field", RECORD)
+def test_a_record_changed_by_hand_is_one_line(tmp_path: Path, field: str) -> None:
+    with open_export(outputs(tmp_path, ".mha"), JOB) as export:
+        fill(export, (1, 3))
+    path = unfinished(tmp_path / "sr.mha") / "job.json"
+    whole = json.loads(path.read_text())
+    wrong = whole | {field: RECORD[field]}
+    if "." in field:
+        wrong = whole | {"plan": whole["plan"] | {"slices": RECORD[field]}}
+    for record in (wrong, {k: v for k, v in whole.items() if k != field}):
+        if record != whole:
+            path.write_text(json.dumps(record))
+            before = content(tmp_path)
+            refused(FileError, "by hand; remove it", run, tmp_path, ".mha")
+            assert content(tmp_path) == before
+    path.write_text(json.dumps(whole))
+    assert run(tmp_path, ".mha") is not None
 
 
 def test_what_exists_is_not_replaced_by_accident(tmp_path: Path) -> None:

@@ -1,0 +1,27 @@
+"""Tests run in several processes at once, each on one core; chance draws the same in each run."""
+
+import os
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is loaded: threads of two would fight
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+slow = [HealthCheck.too_slow]  # says how busy the machine is
+settings.register_profile("suite", derandomize=True, deadline=None, suppress_health_check=slow)
+settings.load_profile("suite")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep a file's tests in one process, for they share what they prepare; deal out notebooks."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            alone = nodeid.startswith("tests/test_notebooks.py")
+            return nodeid if alone else super()._split_scope(nodeid)
+
+    return ByFile(config, log)
