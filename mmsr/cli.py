@@ -7,6 +7,7 @@ __all__ = ['MASK_BYTES', 'PATIENCE_S', 'app', 'super_resolve', 'info', 'run', 't
            'plan', 'demo', 'version', 'main']
 
 # %% ../nbs/60_cli.ipynb #c7f3b2d3
+import importlib
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
@@ -31,32 +32,14 @@ from mmsr.core import (
     available_memory,
     environment,
 )
-from .devices import choose_device
-from mmsr.experiments import (
-    check_plan,
-    experiments_folder,
-    find_weights,
-    make_folder,
-    read_training,
-    run_experiment,
-    run_training,
-)
 from .export import unfinished
-from .figures import overview
-from .generator_files import load_generator
-from .preprocess import lung_mask
 from .reading import read_mask, read_volume
+from .runner import experiments_folder, make_folder, run_experiment
 from .scan_info import info_picture, info_text, scan_info
-from mmsr.scan_job import (
-    ScanSummary,
-    ScanTargets,
-    plan_job,
-    scan_is_finished,
-    spoken_size,
-    super_resolve_scan,
-)
-from .super_resolve import SROptions, SRSlice
 from .writing import writable_suffix
+
+if TYPE_CHECKING:
+    from mmsr.scan_job import ScanSummary
 
 # %% ../nbs/60_cli.ipynb #dcd11dbb
 MASK_BYTES = 11  # of memory for each voxel of a scan whose lung is enclosed (measured)
@@ -153,6 +136,20 @@ def super_resolve(
     A job that was stopped goes on when the same command is given again; one that is finished is
     said to be. A picture that cannot be written is no failure of the job.
     """
+    from mmsr.devices import choose_device
+    from mmsr.experiments import find_weights
+    from mmsr.figures import overview
+    from mmsr.generator_files import load_generator
+    from mmsr.preprocess import lung_mask
+    from mmsr.scan_job import (
+        ScanTargets,
+        plan_job,
+        scan_is_finished,
+        spoken_size,
+        super_resolve_scan,
+    )
+    from mmsr.super_resolve import SROptions, SRSlice
+
     targets = ScanTargets(out, consistency, uncertainty)
     picture = out.with_name(out.name + ".png")
     begun = unfinished(out).exists() and not overwrite
@@ -261,7 +258,7 @@ def _check_paths(
             raise FileError(f"{path}: lies in the scan's folder; write beside it, not into it")
 
 
-def _say_summary(summary: ScanSummary, *, masked: bool) -> None:
+def _say_summary(summary: "ScanSummary", *, masked: bool) -> None:
     """Say how far the block means are from the input."""
     typer.echo(
         f"block means minus input{' in the mask' if masked else ''}: {summary.shift_hu:+.1f} HU on "
@@ -322,6 +319,8 @@ def train(
     file: Annotated[Path, typer.Argument(help="YAML or JSON with the parameters of `train`")],
 ) -> None:
     """Train without a notebook; under torchrun or srun on several devices."""
+    from mmsr.experiments import read_training, run_training
+
     done = run_training(read_training(file))
     if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
         state = "finished" if done.finished else "stopped, run again to go on"
@@ -397,6 +396,8 @@ def plan(
     """Carry out a plan: prepare, train, super-resolve, evaluate; only what is not up to date."""
     if not file.is_file():
         raise FileError(f"{file}: no such plan; see workflow/plans for examples")
+    from mmsr.experiments import check_plan
+
     try:
         check_plan(yaml.safe_load(file.read_text(encoding="utf8")), out)
     except (yaml.YAMLError, OSError, UnicodeDecodeError):
@@ -432,6 +433,8 @@ def demo(
 @app.command()
 def version() -> None:
     """Print the versions that a report of an error should carry."""
+    importlib.import_module("torch")  # which knows the accelerator
+
     typer.echo(json.dumps(environment(), indent=1))
 
 
@@ -453,7 +456,9 @@ def main(arguments: list[str] | None = None) -> None:
         if not hasattr(e, "format_message"):  # what typer raises for wrong names and values
             raise
         text = e.format_message().rstrip(".")  # empty where the help has been printed
-        sys.exit(_say(f"{text}. See mmsr --help.", 2) if text else 2)
+        context = getattr(e, "ctx", None)
+        see = f"See {context.command_path if context else 'mmsr'} --help."
+        sys.exit(_say(f"{text}{'' if text.endswith('?') else '.'} {see}", 2) if text else 2)
     if code == 130:  # what typer makes of Ctrl-C
         sys.exit(_say("stopped; run the same command again to go on", 130))
     sys.exit(code if isinstance(code, int) else 0)

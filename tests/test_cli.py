@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import mmsr
-from mmsr import cli
+from mmsr import cli, experiments, figures, scan_job
 from mmsr.core import RESEARCH_ONLY, seeded
 from mmsr.generator_files import GeneratorRecord, save_generator
 from mmsr.generators import G1Settings, build_g1
@@ -249,7 +249,8 @@ def test_bundled_weights(place: Place, out: Path, capsys: pytest.CaptureFixture[
 def test_no_bundled_weights(
     place: Place, out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "find_weights", lambda _: out / "weights" / "phantom.safetensors")
+    missing = out / "weights" / "phantom.safetensors"
+    monkeypatch.setattr(experiments, "find_weights", lambda _: missing)
     refused(call(capsys, "super-resolve", place.scan, out / "a.mha"), "phantom.safetensors")
     assert content(out) == {}
 
@@ -272,7 +273,7 @@ REFUSALS = {
     "slices, reversed": ({"more": ["--slices", "2:1"]}, ["slices", "2:1"]),
     "slices, negative": ({"more": ["--slices", "-1:1"]}, ["slices", "-1:1"]),
     "slices, beyond": ({"more": ["--slices", "0:9"]}, ["scan.nii.gz", "2 slices", "0:9"]),
-    "unknown option": ({"more": ["--bogus"]}, ["--bogus", "--help"]),
+    "unknown option": ({"more": ["--bogus"]}, ["--bogus", "See mmsr super-resolve --help."]),
     "tile 0": ({"more": ["--tile", "0"]}, ["--tile"]),
     "tile, text": ({"more": ["--tile", "x"]}, ["--tile"]),
     "unknown device": ({"more": ["--device", "tpu"]}, ["device", "tpu", "cpu"]),
@@ -517,7 +518,7 @@ def test_a_picture_is_no_reason_to_fail(
         def savefig(self, *_: object, **__: object) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(cli, "overview", lambda *_: Unwritable())
+    monkeypatch.setattr(figures, "overview", lambda *_: Unwritable())
     arguments = (place.scan, out / "a.mha", "--slices", "0:1", "--weights", place.weights)
     said = call(capsys, "super-resolve", *arguments)
     (line,) = [line for line in lines_of(said.err) if "picture" in line]
@@ -610,14 +611,14 @@ def test_a_disk_that_fills_while_the_job_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """There is room when the job begins; after its first slice another program takes it."""
-    rival, draw = small_disk / "rival", cli.overview
+    rival, draw = small_disk / "rival", figures.overview
 
     def fill(*seen: object) -> Figure:
         with contextlib.suppress(OSError):  # to the last byte
             rival.write_bytes(bytes(1 << 20))
         return draw(*seen)
 
-    monkeypatch.setattr(cli, "overview", fill)
+    monkeypatch.setattr(figures, "overview", fill)
     arguments = ("super-resolve", place.scan, small_disk / "a.mha", "--weights", place.weights)
     said = call(capsys, *arguments)
     *plan, line = lines_of(said.err)
@@ -701,7 +702,7 @@ def test_ctrl_c_in_this_process(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "super_resolve_scan", interrupted)
+    monkeypatch.setattr(scan_job, "super_resolve_scan", interrupted)
     arguments = (place.scan, out / "a.mha", "--weights", place.weights)
     said = call(capsys, "super-resolve", *arguments)
     refused(said._replace(err=said.err.splitlines()[-1]), "stopped", code=130)
@@ -738,6 +739,20 @@ def test_version_names_no_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert "/" not in said.out
 
 
+def test_light_commands_wait_for_no_torch(place: Place) -> None:
+    """What a look at a scan loads: a second and more are at stake."""
+    heavy = ["torch", "lightning_fabric", "matplotlib.pyplot", "scipy", "papermill", "SimpleITK"]
+    code = (
+        "import contextlib, sys\nfrom mmsr.cli import main\n"
+        "with contextlib.suppress(SystemExit):\n    main(sys.argv[1:])\n"
+        f"print([m for m in {heavy} if m in sys.modules])"
+    )
+    for arguments, word in ((["--help"], "super-resolve"), (["info", place.scan], "48 × 40 × 2")):
+        said, err = child(*arguments, program=("-c", code)).communicate(timeout=60)
+        assert word in said, err
+        assert said.splitlines()[-1] == "[]"
+
+
 def test_help_lists_the_jobs(capsys: pytest.CaptureFixture[str]) -> None:
     said = call(capsys, "--help")
     assert said.code == 0
@@ -747,7 +762,8 @@ def test_help_lists_the_jobs(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["bogus"], ["bogus"]),
+        (["bogus"], ["bogus", "See mmsr --help."]),
+        (["demmo"], ["Did you mean 'demo'? See mmsr --help."]),
         (["super-resolve"], ["scan"]),
         (["super-resolve", "a.nii"], ["out"]),
         (["run", "prepare", "--out", "OUT/n.ipynb", "-p", "novalue"], ["novalue", "NAME=VALUE"]),

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import numpy as np
 import pytest
 import yaml
@@ -30,13 +31,13 @@ from mmsr.experiments import (
     launch_training,
     measure_case,
     method_settings,
-    run_experiment,
     run_training,
 )
 from mmsr.generator_files import load_generator
 from mmsr.patches import open_bank, split_cases
 from mmsr.reading import read_volume
 from mmsr.run_folder import read_history
+from mmsr.runner import run_experiment
 from mmsr.super_resolve import enlarge_bicubic
 
 REAL = os.environ.get("MMSR_REAL_DATA")
@@ -385,6 +386,58 @@ def test_unknown_parameter_and_experiment(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="no such experiment; known are evaluate, prepare"):
         run_experiment("nonesuch", tmp_path / "n.ipynb", {})
     assert list(tmp_path.iterdir()) == []
+
+
+def one_cell(path: Path, source: str) -> str:
+    """Write a notebook of one cell."""
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    cells = [nbformat.v4.new_code_cell(source)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_a_kernel_that_dies_at_its_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deaths: int
+) -> None:
+    """As one does whose port was taken meanwhile: real kernels, each ended by its first import."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\nfrom pathlib import Path\n"
+        f"starts = Path({str(tmp_path)!r}, 'starts')\n"
+        "if 'ipykernel_launcher' in sys.orig_argv:\n"
+        "    before = len(starts.read_text()) if starts.exists() else 0\n"
+        "    starts.write_text('x' * (before + 1))\n"
+        f"    if before < {deaths}:\n        os.write(2, b'no port')\n        os._exit(1)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    notebook, output = one_cell(tmp_path / "a.ipynb", "2 + 2"), tmp_path / "runs" / "n.ipynb"
+    if deaths == 1:
+        run_experiment(notebook, output, {})
+        assert [p.name for p in output.parent.iterdir()] == ["n.ipynb"]
+    else:
+        with pytest.raises(
+            ResourceError, match=r"a: its process died .* twice; .*n\.running\.log"
+        ) as e:
+            run_experiment(notebook, output, {})
+        assert "\n" not in str(e.value)
+        assert "no port" in output.with_name("n.running.log").read_text()
+        assert not output.exists()
+    assert (tmp_path / "starts").read_text() == "xx"
+
+
+def test_errors_of_training_keep_their_kind(tmp_path: Path) -> None:
+    """In a process that has not loaded the module they come from."""
+    source = "class HealthError(ValueError): ...\nraise HealthError('step 3: the loss is NaN')"
+    notebook = one_cell(tmp_path / "a.ipynb", source)
+    code = (
+        "import sys\nfrom mmsr.core import MMSRError\nfrom mmsr.runner import run_experiment\n"
+        "assert 'mmsr.training' not in sys.modules\n"
+        "try:\n    run_experiment(sys.argv[1], sys.argv[2], {})\n"
+        "except MMSRError as e:\n    print(type(e).__name__, e)"
+    )
+    command = [sys.executable, "-c", code, notebook, str(tmp_path / "n.ipynb")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout == "HealthError step 3: the loss is NaN\n"
 
 
 def test_refusal_inside_a_notebook_keeps_its_kind(chain: Path, tmp_path: Path) -> None:
