@@ -26,13 +26,14 @@ from mmsr.core import (
     RESEARCH_ONLY,
     FileError,
     MMSRError,
+    RangeError,
     ResourceError,
     SettingsError,
     atomic_write,
     available_memory,
     environment,
 )
-from .export import unfinished
+from .export import is_stamped, unfinished
 from .reading import read_mask, read_volume
 from .runner import experiments_folder, make_folder, run_experiment
 from .scan_info import info_picture, info_text, scan_info
@@ -155,7 +156,7 @@ def super_resolve(
     begun = unfinished(out).exists() and not overwrite
     inputs = [path for path in (scan, mask, find_weights(weights)) if path is not None]
     volumes = [path for path in targets if path is not None]
-    done = all(path.exists() for path in volumes)  # by this job? that takes reading
+    done = all(map(is_stamped, volumes))  # by this job? that takes reading
     _check_paths(volumes, picture, inputs, may_exist=begun or overwrite or done)
     if consistency is not None and writable_suffix(consistency) == ".dicom":
         raise FileError(f"{consistency}: floats have no place in CT objects; use .nrrd")
@@ -174,6 +175,11 @@ def super_resolve(
     volume = read_volume(
         scan, slices=wanted, force=force, resample=resample, series=series, lazy=True
     )
+    if RESEARCH_ONLY in volume.notes and not force:
+        raise RangeError(
+            f"{scan}: is itself super-resolved; give the scan it was made from, or add --force"
+        )
+    finished = f"{out}: is finished, and by this very job; nothing is left to do"
     inside = None
     if mask is not None:
         inside = read_mask(mask, volume)
@@ -187,7 +193,7 @@ def super_resolve(
         inside = lung_mask(volume._replace(array=np.asarray(volume.array)))
     options = options.resolved(g1, volume.array.shape)
     if not overwrite and scan_is_finished(volume, targets, g1, record, options, inside):
-        typer.echo(f"{out}: is finished, and by this very job; nothing is left to do")
+        typer.echo(finished)
         return
     _check_paths(volumes, picture, inputs, may_exist=begun or overwrite)
     for note in volume.notes:
@@ -223,6 +229,9 @@ def super_resolve(
     )
     for reason in undrawn:
         typer.echo(f"note: no picture: {reason}", err=True)
+    if summary is None and share == (1, 1):  # another process was faster
+        typer.echo(finished)
+        return
     if summary is None:
         typer.echo(
             f"part {share[0]} of {share[1]} is done; when all are, run without --part to join"

@@ -49,6 +49,8 @@ class Header(NamedTuple):
         What else to tell, such as `RESEARCH_ONLY`.
     modality : str
         As in `Volume`; empty where it does not say.
+    unit : str
+        Of its voxel size, if that is no length known here.
     """
 
     size: tuple[int, ...]
@@ -64,6 +66,7 @@ class Header(NamedTuple):
     doubts: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     modality: str = ""
+    unit: str = ""
 
     @property
     def due(self) -> int:

@@ -117,9 +117,16 @@ def find_scan(path: Path) -> Found:
         return Found(kind, [path], 0)
     kinds, others = _sorted_by_kind([p for p in path.iterdir() if p.is_file()])
     if not kinds:
-        _refuse_by_name(path, [p.name for p in others])
-        deeper = (Path(top) / name for top, _, names in os.walk(path) for name in names)
-        kinds, others = _sorted_by_kind(list(islice(deeper, _MOST_FILES)))
+        names, zarrs = [p.name for p in others], list[Path]()
+        kinds, others = _sorted_by_kind(list(islice(_below(path, zarrs), _MOST_FILES)))
+        if len(zarrs) == 1 and not kinds:
+            return Found("zarr", zarrs, len(others))
+        if zarrs and not kinds:
+            raise FileError(
+                f"{path.name}: expected one scan, got {len(zarrs)} OME-Zarr in it; name the one that is "
+                f"meant, such as {min(zarrs).name!r}"
+            )
+        _refuse_by_name(path, names)
         if kinds and set(kinds) != {"dicom"}:
             raise FileError(
                 f"{path.name}: expected slices, got folders with {_counted(kinds)} files in them; "
@@ -136,6 +143,15 @@ def find_scan(path: Path) -> Found:
             f"got {_counted(kinds) or 'no'} files; name the file or the folder that holds them"
         )
     return Found(*kinds.popitem(), len(others))
+
+
+def _below(path: Path, zarrs: list[Path]) -> Iterator[Path]:
+    """Yield the files in a folder and its folders; those that are Zarr are not entered but listed."""
+    for top, folders, names in os.walk(path):
+        found = [name for name in folders if is_zarr(Path(top) / name)]
+        zarrs += [Path(top) / name for name in found]
+        folders[:] = [name for name in folders if name not in found]
+        yield from (Path(top) / name for name in names)
 
 
 def _counted(kinds: dict[str, list[Path]]) -> str:
@@ -332,7 +348,8 @@ def read_mask(path: str | Path, volume: Volume) -> np.ndarray:
     Parameters
     ----------
     path : str or Path
-        NIfTI, NRRD or MetaImage of the volume's grid, or TIFF of its shape; above 0 is inside.
+        NIfTI, NRRD, MetaImage, OME-Zarr or DICOM of the volume's grid, or TIFF of its shape; above
+        0 is inside.
         If the volume is a few slices of a scan, the mask may be that of the whole scan.
     volume : Volume
         What the mask is for.
@@ -351,7 +368,8 @@ def read_mask(path: str | Path, volume: Volume) -> np.ndarray:
         If it has negative values, or nothing is inside.
     """
     path = Path(path)
-    bare = path.is_dir() or path.suffix.lower() in (".tif", ".tiff")  # TIFF does not say where
+    with _one_line(path.name):
+        bare = find_scan(path).kind == "tiff"  # which does not say where it lies
     voxel_mm = volume.spacing_mm if bare else None
     mask = read_volume(path, modality="micro", voxel_mm=voxel_mm, force=True, lazy=True)
     count = len(volume.array)

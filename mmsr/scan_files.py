@@ -148,8 +148,10 @@ def stack_of(
 def _file_grid(ask: Request, header: Header) -> Grid:
     """Place the voxels of a file; refuse what it does not say, unless the caller says it."""
     if header.spacing is None and ask.voxel is None:
+        which = f" but in {header.unit!r}, a unit not known here" if header.unit else ""
         raise GeometryError(
-            f"{ask.name}: its header does not say the voxel size in mm; give voxel_mm=… or voxel_um=…"
+            f"{ask.name}: its header does not say the voxel size in mm{which}; give voxel_mm=… or "
+            "voxel_um=…"
         )
     for text in header.doubts:
         doubt(ask, FileError, f"{ask.name}: {text}")
@@ -163,9 +165,11 @@ def _file_grid(ask: Request, header: Header) -> Grid:
             )
         normal = np.cross(axes[:, 0], axes[:, 1])
         axes = np.column_stack([axes[:, :2], normal * np.sign(normal @ axes[:, 2])])
-    if header.axes is None:
+    if header.axes is None and ask.modality == "micro":  # a specimen has no left and right
+        ask.notes.append("the header does not say how the scan is oriented: along its own axes")
+    elif header.axes is None:
         text = f"{ask.name}: its header does not say how the scan is oriented; convert it anew"
-        doubt(ask, GeometryError, text, certain=ask.modality == "micro")
+        doubt(ask, GeometryError, text)
     direction = tuple((axes.ravel() + 0.0).tolist())
     if header.spacing is None:
         ask.notes.append("the header does not say its unit: voxel size as given, origin 0")

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['TYPES', 'HEADERS', 'SMALLEST', 'CHUNK', 'FORMATS', 'Identity', 'new_identity', 'Target', 'Writer', 'header_of',
-           'pyramid_shapes', 'pyramid', 'suffix_of', 'pieces_of']
+           'pyramid_shapes', 'pyramid', 'suffix_of', 'pieces_of', 'is_whole']
 
 # %% ../nbs/08a_writers.ipynb #8ac9feea
 import gzip
+import json
 import math
 import os
 import re
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .core import RESEARCH_ONLY, write_json
+from .core import RESEARCH_ONLY
 from .volume import Volume
 
 # %% ../nbs/08a_writers.ipynb #05bfcd78
@@ -269,6 +270,11 @@ def _pieces(path: Path) -> Path:
     return path.with_name(path.name + ".pieces")
 
 
+def _bands(nbytes: int, rows: int) -> int:
+    """Tell in how many bands a slice is packed."""
+    return max(1, min(nbytes >> 20, 16, rows))
+
+
 def _gzip_writer(to: Target) -> Writer:
     """Pack slices into files of their own, and chain them in the end."""
     pieces = _pieces(to.path)
@@ -276,7 +282,7 @@ def _gzip_writer(to: Target) -> Writer:
 
     def put(z: int, plane: np.ndarray) -> None:
         # cut by size alone, so that the file is the same on any machine
-        bands = np.array_split(plane, max(1, min(plane.nbytes >> 20, 16, len(plane))))
+        bands = np.array_split(plane, _bands(plane.nbytes, len(plane)))
         with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
             packed = list(pool.map(lambda band: gzip.compress(band.data, 1, mtime=0), bands))
         _whole_file(pieces / f"{z:06d}.gz", lambda f: f.writelines(packed), to.sync)
@@ -385,7 +391,8 @@ def _zarr_writer(to: Target) -> Writer:
     """Write every level of a slice as one packed shard."""
     to.path.mkdir(exist_ok=True)
     group = {"zarr_format": 3, "node_type": "group", "attributes": _zarr_attributes(to)}
-    write_json(to.path / "zarr.json", group)
+    page = json.dumps(group, indent=1, allow_nan=False).encode()
+    _whole_file(to.path / "zarr.json", lambda f: f.write(page), to.sync)
     depth, *shape = to.volume.array.shape
     stores = [
         _zarr_level(to.path / str(k), (depth, *level), to.dtype, to.sync)
@@ -583,3 +590,38 @@ def pieces_of(to: Target, z: int) -> dict[Path, int]:
         case ".nii.gz":
             return {_pieces(path) / f"{z:06d}.gz": 1}
     return {path: len(header_of(to)) + depth * plane}
+
+
+def is_whole(to: Target) -> bool:
+    """Tell by the sizes of its files whether a finished output has all its slices.
+
+    Parameters
+    ----------
+    to : Target
+        The output.
+
+    Returns
+    -------
+    bool
+        Whether somebody has changed voxels in place is not asked.
+    """
+    depth, height, width = to.volume.array.shape
+    row = width * to.dtype.itemsize
+    plane = height * row
+    if suffix_of(to.path) == ".nii.gz":  # its end says how long the last band is
+        last = height // _bands(plane, height) * row
+        return _stands(to.path, -4, last.to_bytes(4, "little"))
+    files = {file: least for z in range(depth) for file, least in pieces_of(to, z).items()}
+    if suffix_of(to.path) == ".dicom":  # nothing comes after the pixels
+        return all(_stands(file, -plane - 4, plane.to_bytes(4, "little")) for file in files)
+    return all(file.is_file() and file.stat().st_size >= least for file, least in files.items())
+
+
+def _stands(file: Path, at: int, what: bytes) -> bool:
+    """Look whether these bytes stand in a file, so far from its end."""
+    try:
+        with file.open("rb") as f:
+            f.seek(at, os.SEEK_END)
+            return f.read(len(what)) == what
+    except OSError:
+        return False

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from mmsr.core import (
+    RESEARCH_ONLY,
     FileError,
     GeometryError,
     MMSRError,
@@ -30,6 +31,14 @@ from .volume import Request, Stack
 # %% ../nbs/06d_zarr_files.ipynb #4a693d4e
 _UNITS_MM = {**LENGTHS_MM, "nanometer": 1e-6, "centimeter": 10.0, "meter": 1000.0}
 _MARKS = ("zarr.json", ".zattrs", ".zgroup", ".zarray")
+_TOWARDS = {  # RFC 4; other words, such as base-to-apex, are none of the patient's axes
+    "right-to-left": (1, 0, 0),
+    "left-to-right": (-1, 0, 0),
+    "anterior-to-posterior": (0, 1, 0),
+    "posterior-to-anterior": (0, -1, 0),
+    "inferior-to-superior": (0, 0, 1),
+    "superior-to-inferior": (0, 0, -1),
+}
 _PAGE_MAX = 1 << 22  # bytes of metadata
 _PIECES_MAX = 4_000_000
 _OTHERS = {
@@ -60,6 +69,8 @@ def _page(path: Path) -> dict[str, Any]:
     file = path / "zarr.json"
     if not file.is_file():
         file = path / ".zattrs"
+    if not file.is_file():  # nor a pipe, which would wait for ever
+        raise ValueError("no page")
     with file.open("rb") as f:
         raw = f.read(_PAGE_MAX + 1)
     if len(raw) > _PAGE_MAX:
@@ -100,6 +111,23 @@ def _placed(header: Header, image: dict[str, Any], units: list[float | None]) ->
     return header._replace(spacing=(sx, sy, sz), origin=(x, y, z))
 
 
+def _oriented(header: Header, axes: list[dict[str, Any]]) -> Header:
+    """Add the directions of the axes z, y, x if all three name a side of the body."""
+    said = [o for axis in reversed(axes) if isinstance(o := axis.get("orientation"), dict)]
+    columns = [_TOWARDS.get(str(o.get("value"))) for o in said if o.get("type") == "anatomical"]
+    if (
+        len(columns) != 3
+        or None in columns
+        or not np.linalg.det(turn := np.array(columns, float).T)
+    ):
+        return header
+    header = header._replace(axes=turn)
+    if header.origin is None or np.allclose(turn @ header.origin, header.origin):
+        return header
+    text = "tools differ on whether the translation of turned axes is along them, or in space"
+    return header._replace(origin=None, notes=(*header.notes, text))
+
+
 def _own(name: str, header: Header, own: dict[str, Any]) -> Header:
     """Add what only an output of this package says; the rest must agree with it."""
     spacing, origin = _numbers(own["spacing_mm"], 3)[::-1], _numbers(own["origin_mm"], 3)
@@ -114,7 +142,7 @@ def _own(name: str, header: Header, own: dict[str, Any]) -> Header:
             "give a copy that was not edited"
         )
     x, y, z = origin.tolist()
-    notes = (str(own["notice"])[:200].replace("\n", " "),) if own["notice"] else ()
+    notes = (RESEARCH_ONLY,) if RESEARCH_ONLY in str(own["notice"]) else ()  # no other text
     modality = "micro" if own["modality"] == "micro" else "clinical"
     return header._replace(axes=axes, origin=(x, y, z), notes=notes, modality=modality)
 
@@ -124,6 +152,8 @@ def _level(path: Path, cache: int = 0) -> Any:
     import tensorstore as ts
 
     driver = "zarr3" if (path / "zarr.json").is_file() else "zarr"
+    if driver == "zarr" and not (path / ".zarray").is_file():
+        raise ValueError("no array")
     spec = {"driver": driver, "kvstore": {"driver": "file", "path": str(path)}}
     context = ts.Context({"cache_pool": {"total_bytes_limit": cache}})
     return ts.open(spec, read=True, open=True, recheck_cached_data="open", context=context).result()
@@ -154,7 +184,7 @@ def read_zarr(path: Path) -> Header:
     """
     try:
         header, level = _header(path)
-        pieces = math.prod(
+        total = math.prod(
             -(-n // c)
             for n, c in zip(level.shape, level.chunk_layout.write_chunk.shape, strict=True)
         )
@@ -163,19 +193,21 @@ def read_zarr(path: Path) -> Header:
             raise ResourceError(
                 f"{path.name}: one slice takes {need / 1e9:.3g} GB of memory, got {free / 1e9:.3g} GB"
             )
-        if pieces > _PIECES_MAX:
-            raise FileError(f"{path.name}: expected up to {_PIECES_MAX} pieces, got {pieces}")
+        if total > _PIECES_MAX:
+            raise FileError(f"{path.name}: expected up to {_PIECES_MAX} pieces, got {total}")
         stored = level.storage_statistics(query_not_stored=True, query_fully_stored=True).result()
     except MMSRError:
         raise
     except Exception as e:  # json and tensorstore fail in many ways; their texts name folders
         raise FileError(
-            f"{path.name}: expected an OME-Zarr 0.4 or 0.5, got a damaged one or another kind of "
-            "Zarr; copy it again, or give the folder that holds its multiscales"
+            f"{path.name}: expected an OME-Zarr 0.4 or 0.5, got a damaged one, another kind of "
+            "Zarr, or one packed in a way not known here; copy it again, or give the folder that "
+            "holds its multiscales"
         ) from e
     if stored.not_stored or (header.modality and not stored.fully_stored):
         raise FileError(f"{path.name}: cut short, voxels are missing; copy it again")
-    count = len(list((header.data / "c").iterdir())) if header.modality else 0
+    pieces = (header.data / "c").glob("*") if header.modality else ()
+    count = sum(piece.name.isdigit() for piece in pieces)
     if count > header.size[2]:
         raise FileError(
             f"{path.name}: longer than its header says, expected {header.size[2]} slices, got {count}; "
@@ -219,10 +251,13 @@ def _header(path: Path) -> tuple[Header, Any]:
     header = Header((x, y, z), dtype, data)
     if "image-label" in ome:
         header = header._replace(doubts=("holds labels, not grey; give the image they belong to",))
-    header = _placed(
-        header, image, [_UNITS_MM.get(axis.get("unit")) for axis in image["axes"][-3:]]
-    )
-    return (_own(path.name, header, page["mmsr"]) if "mmsr" in page else header), level
+    axes = image["axes"][-3:]
+    units = [axis.get("unit") for axis in axes]
+    strange = next((str(unit)[:20] for unit in units if unit and unit not in _UNITS_MM), "")
+    header = _placed(header, image, [_UNITS_MM.get(unit) for unit in units])
+    if "mmsr" in page:
+        return _own(path.name, header, page["mmsr"]), level
+    return _oriented(header._replace(unit=strange), axes), level
 
 # %% ../nbs/06d_zarr_files.ipynb #67f53488
 def open_zarr(ask: Request, header: Header) -> Stack:
@@ -247,10 +282,18 @@ def open_zarr(ask: Request, header: Header) -> Stack:
 
     def opened() -> Callable[[int], np.ndarray]:
         level = _level(header.data)
-        layer = level.chunk_layout.read_chunk.shape[-3]
-        size = (layer + 1) * math.prod(level.shape[-2:]) * header.dtype.itemsize
-        if layer > 1:
-            level = _level(header.data, min(2 * size, available_memory() // 4))
+        piece = level.chunk_layout.read_chunk.shape[-3:]
+        layer = [
+            piece[0],
+            *(-(-n // p) * p for n, p in zip(level.shape[-2:], piece[1:], strict=True)),
+        ]
+        size, most = math.prod(layer) * header.dtype.itemsize, available_memory() // 4
+        if piece[0] > 1:  # its slices are unpacked together: keep them, and no others
+            level = _level(header.data, min(size + size // 64, most))
+            if size > most:
+                ask.notes.append(
+                    f"its pieces are {piece[0]} slices deep, more than the memory holds: reading is slow"
+                )
         level = level[(0,) * (level.rank - 3)]
 
         def read(z: int) -> np.ndarray:

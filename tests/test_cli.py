@@ -495,6 +495,8 @@ def test_what_is_finished_says_whose_it_is(
     assert call(capsys, *arguments).code == 0
     assert "nothing is left to do" in call(capsys, *arguments).out
     refused(call(capsys, *arguments[:-1], place.other), "exists already")
+    again = (arguments[0], arguments[2], out / "b.mha", *arguments[3:])
+    refused(call(capsys, *again), "is itself super-resolved", "--force")
     (out / f"a{ending}.unfinished").mkdir()  # a kill came before the very last step
     assert call(capsys, *arguments).code == 0
     assert sorted(p.name for p in out.iterdir()) == [f"a{ending}", f"a{ending}.png"]

@@ -254,27 +254,31 @@ def ball(shape=(12, 64, 64)) -> Volume:
     return Volume(array, (2.0, 2.0, 2.0), (5.0, 6.0, 7.0))
 
 
+@pytest.mark.parametrize("name", ["m.nrrd", "m.ome.zarr", "m.dicom"])
 @pytest.mark.parametrize(
     ("step", "text"),
     [((0.0, 0.0, 1.0), "grid"), ((0.5, 0.0, 0.0), "grid"), ((0.0, 0.0, 40.0), "voxels")],
 )
-def test_shifted_masks_are_refused(tmp_path, step, text):
+def test_shifted_masks_are_refused(tmp_path, name, step, text):
     volume = ball()
     mask = lung_mask(volume)
     moved = tuple(np.add(volume.origin_mm, step))
-    write_volume(tmp_path / "m.nrrd", volume._replace(array=mask.astype(np.uint8), origin_mm=moved))
-    with pytest.raises(GeometryError, match=f"m.nrrd: .*{text}"):
-        read_mask(tmp_path / "m.nrrd", volume)
+    write_volume(tmp_path / name, volume._replace(array=mask.astype(np.uint8), origin_mm=moved))
+    with pytest.raises(GeometryError, match=f"{name}: .*{text}"):
+        read_mask(tmp_path / name, volume)
 
 
-def test_masks_on_a_turned_grid(tmp_path):
+@pytest.mark.parametrize("name", ["m.nii.gz", "m.mha", "m.ome.zarr", "m.dicom"])
+def test_masks_on_a_turned_grid(tmp_path, name):
     turned = (0.0, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0)
     volume = ball()._replace(direction=turned)
     mask = lung_mask(volume)
-    write_volume(tmp_path / "m.nii.gz", volume._replace(array=mask))
-    assert (read_mask(tmp_path / "m.nii.gz", volume.take(3, 5)) == mask[3:5]).all()
+    write_volume(tmp_path / name, volume._replace(array=mask))
+    assert (read_mask(tmp_path / name, volume.take(3, 5)) == mask[3:5]).all()
     with pytest.raises(GeometryError, match="grid"):
-        read_mask(tmp_path / "m.nii.gz", ball())
+        read_mask(tmp_path / name, ball())
+    with pytest.raises(GeometryError, match="grid"):
+        read_mask(tmp_path / name, volume._replace(spacing_mm=(1.0, 1.0, 1.0)))
 
 
 def test_a_scan_that_is_read_slice_by_slice(tmp_path):

@@ -645,6 +645,8 @@ def test_ome_zarr_of_others(tmp_path, version, axes):
     info = scan_info(path)
     assert (info.modality, info.values) == ("micro", (float(grey.min()), float(grey.max())))
     assert "28 × 24 × 20 voxels" in info_text(info)
+    assert info.refusals == ()  # that it is not oriented is no reason
+    assert "is read as it is" in info_text(info)
     path.rename(tmp_path / "plain")  # known by what is in it, too
     assert np.array_equal(read_volume(tmp_path / "plain", modality="micro").array, grey)
 
@@ -672,13 +674,13 @@ def test_ome_zarr_with_empty_pieces_and_several_threads(tmp_path):
         ({"axes": "tzyx", "two": True}, "'t' 2"),
         ({"axes": "xyz"}, "expected axes z, y, x"),
         ({"unit": None}, "voxel_mm"),
-        ({"unit": "parsec"}, "voxel_mm"),
+        ({"unit": "parsec"}, "in 'parsec', a unit not known here; give voxel_mm"),
         ({"image-label": {}}, "holds labels"),
         ({"only": {"labels": ["a"]}}, "list of labels"),
         ({"only": {"plate": {}}}, "plate of wells"),
         ({"only": {"well": {}}}, "a well"),
         ({"only": {"bioformats2raw.layout": 3}}, "collection of images"),
-        ({"only": {}}, "another kind of Zarr"),
+        ({"only": {}}, "another kind of Zarr, or one packed in a way not known here"),
         ({"only": {"multiscales": []}}, "got 0"),
         ({"only": {"multiscales": [{"axes": ["z", "y", "x"], "datasets": []}]}}, "damaged"),
     ],
@@ -696,6 +698,107 @@ def test_ome_zarr_that_is_no_scan(tmp_path, how, word):
     if "unit" in how:
         given = read_volume(path, modality="micro", voxel_um=20)
         assert given.spacing_mm == (0.02, 0.02, 0.02)
+        assert all("voxel_mm" in line for line in scan_info(path).refusals)
+
+
+@pytest.mark.parametrize("words", ["RAS", "LPS", "ASL", "AAS", "base-to-apex", None])
+def test_ome_zarr_axes_that_name_sides_of_the_body(tmp_path, words):
+    """As in RFC 4; ngff-zarr turns images to ITK's the same way."""
+    ways = {"L": "right-to-left", "R": "left-to-right", "P": "anterior-to-posterior"}
+    ways |= {"A": "posterior-to-anterior", "S": "inferior-to-superior"}
+    lps = {"L": (1, 0, 0), "R": (-1, 0, 0), "P": (0, 1, 0), "A": (0, -1, 0), "S": (0, 0, 1)}
+    hu = chest(8, 24, 28)
+    path = zarr_of_others(tmp_path / "v.zarr", hu, unit="millimeter")
+    page = json.loads((path / ".zattrs").read_text())
+    image = page["multiscales"][0]
+    image["coordinateTransformations"] = [{"type": "scale", "scale": [0.1, 0.1, 0.1]}]
+    sides = words if words in ("RAS", "LPS", "ASL", "AAS") else "LPS"
+    for axis, side in zip(image["axes"], sides[::-1], strict=True):
+        axis["orientation"] = {"type": "anatomical", "value": ways[side]}
+    if sides != words:  # one of the three is not known: none is taken
+        image["axes"][1]["orientation"] = words and {"type": "anatomical", "value": words}
+    (path / ".zattrs").write_text(json.dumps(page))
+    if sides != words or words == "AAS":
+        assert "how the scan is oriented" in line_of(path)
+        return
+    scan = read_volume(path)
+    assert np.array_equal(scan.array, hu)
+    turn = np.array([lps[side] for side in words]).T
+    assert np.array_equal(np.reshape(scan.direction, (3, 3)), turn)
+    # along the axes or in space: tools differ, so only where it is the same is it taken
+    assert scan.origin_mm == pytest.approx((0.1, 0.2, 0.3) if words == "LPS" else (0, 0, 0))
+    assert any("tools differ" in note for note in scan.notes) == (words != "LPS")
+    assert scan_info(path, modality="clinical").refusals == ()
+
+
+@pytest.mark.parametrize("separator", ["/", "."])
+def test_our_ome_zarr_packed_anew_by_others(tmp_path, separator):
+    hu = chest(12, 24, 28)
+    notes = ("super-resolved 8x. Research only; fine detail is synthesised.",)
+    write_volume(tmp_path / "a.ome.zarr", Volume(hu, (2.5, 0.5, 0.5), notes=notes))
+    ours = zarr.open_group(str(tmp_path / "a.ome.zarr"), mode="r")
+    page = ours.attrs.asdict()
+    page["mmsr"]["notice"] += " Jane Doe\n1970"
+    theirs = zarr.open_group(str(tmp_path / "b.ome.zarr"), mode="w")
+    theirs.attrs.update(page)
+    keys = {"name": "default", "separator": separator}
+    theirs.create_array("0", shape=hu.shape, chunks=(8, 8, 8), dtype="i2", chunk_key_encoding=keys)[
+        :
+    ] = ours["0"][:]
+    if separator == "/":
+        (tmp_path / "b.ome.zarr" / "0" / "c" / ".DS_Store").write_bytes(b"of a desktop")
+    scan = read_volume(tmp_path / "b.ome.zarr")
+    assert np.array_equal(scan.array, hu)
+    assert scan.notes == ("Research only; fine detail is synthesised.",)
+    if separator == "/":
+        (tmp_path / "a.ome.zarr" / "0" / "c" / "12").mkdir()
+        assert "expected 12 slices, got 13" in line_of(tmp_path / "a.ome.zarr")
+
+
+def test_ome_zarr_keeps_one_layer_and_says_if_it_cannot(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    grey = rng.integers(1, 60000, (16, 20, 28), dtype=np.uint16)
+    path = zarr_of_others(tmp_path / "v.zarr", grey)
+    asked, level = [], mmsr.zarr_files._level
+    monkeypatch.setattr(
+        "mmsr.zarr_files._level", lambda p, cache=0: (asked.append(cache), level(p, cache))[1]
+    )
+    layer = 8 * 24 * 32 * 2  # whole pieces
+    for free, enough in ((8 * layer, True), (2 * layer, False)):
+        monkeypatch.setattr("mmsr.zarr_files.available_memory", lambda free=free: free)
+        scan = read_volume(path, modality="micro", lazy=True)
+        assert asked[-1] == pytest.approx(layer if enough else free // 4, rel=0.02)
+        assert asked[-1] <= free // 4
+        assert any("8 slices deep" in note for note in scan.notes) != enough
+        assert np.array_equal(np.asarray(scan.array), grey)
+
+
+@pytest.mark.parametrize("mark", [".zattrs", "0/.zarray", "zarr.json", "0/zarr.json"])
+def test_pipes_in_an_ome_zarr_are_not_waited_for(tmp_path, mark):
+    version = 3 if "json" in mark else 2
+    path = zarr_of_others(tmp_path / "v.zarr", np.ones((8, 8, 8), np.uint16), version=version)
+    (path / mark).unlink()
+    os.mkfifo(path / mark)
+    read = f"from mmsr.reading import read_volume; read_volume({str(path)!r}, modality='micro')"
+    done = subprocess.run([sys.executable, "-c", read], capture_output=True, text=True, timeout=60)
+    assert "FileError: v.zarr: expected an OME-Zarr" in done.stderr
+
+
+def test_a_folder_with_one_ome_zarr_is_that(tmp_path):
+    grey = np.random.default_rng(0).integers(1, 60000, (8, 24, 28), dtype=np.uint16)
+    (tmp_path / "f").mkdir()
+    zarr_of_others(tmp_path / "f" / "v.zarr", grey)
+    (tmp_path / "f" / "preview.png").write_bytes(b"\x89PNG")
+    scan = read_volume(tmp_path / "f", modality="micro")
+    assert np.array_equal(scan.array, grey)
+    assert "1 other file in the folder left out" in scan.notes
+    zarr_of_others(tmp_path / "f" / "w.zarr", grey)
+    assert "got 2 OME-Zarr in it; name the one that is meant, such as 'v.zarr'" in line_of(
+        tmp_path / "f", modality="micro"
+    )
+    (tmp_path / "f" / "preview.png").unlink()
+    series(tmp_path / "f" / "dicom", chest(4))  # an output beside its scan is no second scan
+    assert np.array_equal(read_volume(tmp_path / "f").array, chest(4))
 
 
 def test_malformed_ome_zarrs_are_refused_in_a_line_or_read_as_others_read_them(tmp_path, capfd):

@@ -648,6 +648,19 @@ def test_what_is_finished_knows_its_job(tmp_path: Path, ending: str) -> None:
     assert not is_finished(made, {"scan": "other"})
     for reader in READERS[ending]:  # nobody minds the word
         assert reader(made["sr"].path)[0].shape == (SLICES, 300, 280)
+    (tmp_path / f"link{ending}").symlink_to(made["sr"].path.name)  # another name of the same
+    assert is_finished(made | {"sr": made["sr"]._replace(path=tmp_path / f"link{ending}")}, JOB)
+    cited = made["sr"].volume._replace(source=DicomSource("1.2", (("1.3", "1.4", 0),) * SLICES))
+    assert not is_finished(made | {"sr": made["sr"]._replace(volume=cited)}, JOB)
+    for file in sorted(p for p in tmp_path.rglob("*") if p.is_file() and "link" not in p.name):
+        if file.name != "zarr.json":  # cut short, or gone
+            held = file.read_bytes()
+            file.write_bytes(held[: 0 if ending == ".ome.zarr" else len(held) - 10])
+            assert not is_finished(made, JOB), file
+            file.unlink()
+            assert not is_finished(made, JOB), file
+            file.write_bytes(held)
+    assert is_finished(made, JOB)
     write_volume(made["map"].path, scan())  # one of them is somebody else's
     assert not is_finished(made, JOB)
     made["map"].path.write_bytes(b"\x1f\x8bnothing")
