@@ -321,7 +321,7 @@ class Request(NamedTuple):
     series: str | None = None
 
 
-def doubt(ask: Request, kind: type[MMSRError], text: str, *, certain: bool = False) -> None:
+def doubt(ask: Request, kind: type[MMSRError], text: str) -> None:
     """Refuse what a person may overrule; note it when overruled.
 
     Parameters
@@ -332,10 +332,8 @@ def doubt(ask: Request, kind: type[MMSRError], text: str, *, certain: bool = Fal
         The error to raise.
     text : str
         What was expected, what came, and the way out.
-    certain : bool
-        Note it in any case.
     """
-    if not (ask.force or certain):
+    if not ask.force:
         raise kind(f"{text}, or overrule with --force (force=True in Python) if you are sure")
     ask.notes.append(f"taken on trust: {text}")
 
