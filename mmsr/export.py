@@ -145,7 +145,7 @@ QUEUE = THREADS + 1  # slices on their way to the disk, at most
 
 
 def _give_memory_back() -> None:
-    """Give freed memory back to the system: glibc keeps it for each thread, more with every slice."""
+    """Give freed memory back to the system; glibc would keep some for each thread that packed slices."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
