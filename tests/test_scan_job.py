@@ -254,7 +254,8 @@ g1, record = load_generator(folder / "w.safetensors")
 for count in map(int, sys.argv[4:]):
     scan, out = folder / f"{count}.mha", folder / f"{count}-sr{ending}"
     few = np.random.default_rng(5).integers(-1000, 100, (10, side, side)).astype(np.int16)
-    tiled = SliceReader((count, side, side), few.dtype, lambda a, b: (few[z % 10] for z in range(a, b)))
+    read = lambda first, last: (few[z % 10] for z in range(first, last))
+    tiled = SliceReader((count, side, side), few.dtype, read)
     write_volume(scan, Volume(tiled, (1.0, 0.6, 0.6)))
     volume = read_volume(scan, lazy=True)
     super_resolve_scan(volume, ScanTargets(out), g1, record, progress=False)
