@@ -211,11 +211,25 @@ GAS_HU = -950.0  # below it there is more gas than even emphysema has on average
 LUMEN_MM2 = (50.0, 900.0)  # 8 to 34 mm across: trachea and main bronchi, but no lobe's
 
 
-def _open(plane: np.ndarray) -> np.ndarray:
-    """Return the part of a slice's mask that hangs together with the frame."""
+def _filled(mask: np.ndarray) -> np.ndarray:
+    """Fill what the mask encloses; in numpy's order of axes, as the library's is the other one."""
     import fill_voids
 
-    return ~fill_voids.fill(~plane, in_place=True)
+    return np.asarray(fill_voids.fill(mask.T).T)
+
+
+def _labelled(mask: np.ndarray, neighbours: int) -> tuple[np.ndarray, int]:
+    """Number what hangs together in a mask; return how many there are, too."""
+    import cc3d
+
+    bits = mask.view(np.uint8)  # which takes less time than bool
+    labels, n = cc3d.connected_components(bits, connectivity=neighbours, return_N=True)
+    return labels, n
+
+
+def _open(plane: np.ndarray) -> np.ndarray:
+    """Return the part of a slice's mask that hangs together with the frame."""
+    return ~_filled(~plane)
 
 
 def _joined(pairs: Sequence[tuple[int, int]], n: int) -> np.ndarray:
@@ -236,8 +250,6 @@ def _joined(pairs: Sequence[tuple[int, int]], n: int) -> np.ndarray:
 
 def _airlike(array: np.ndarray, threshold_hu: float) -> tuple[np.ndarray, np.ndarray]:
     """Return what is below the threshold, without air around the body, and what the frame cuts."""
-    import cc3d
-
     air = array < threshold_hu
     regions: list[np.ndarray] = []  # of each slice, numbered through the slices by `first`
     first, size, dark = [0], [], []
@@ -247,7 +259,7 @@ def _airlike(array: np.ndarray, threshold_hu: float) -> tuple[np.ndarray, np.nda
     for values, plane in zip(array, air, strict=True):
         cut = _open(plane)
         plane &= ~_open(cut & (values == AIR_HU))  # padding
-        labels, n = cc3d.connected_components(cut & plane, connectivity=4, return_N=True)
+        labels, n = _labelled(cut & plane, 4)
         labels = labels.astype(np.min_scalar_type(n))
         # the mean along blocks of 4 × 4: the noise of a sharp kernel would hide the difference
         mean = sum(values[k:rows:4, k:columns:4].astype(np.int32) for k in range(4)) / 4
@@ -287,14 +299,12 @@ def _airways(
     array: np.ndarray, air: np.ndarray, spacing_mm: tuple[float, float, float]
 ) -> np.ndarray:
     """Return the lumen of trachea and main bronchi (and, with them, gas in the bowel)."""
-    import cc3d
-
     dz, dy, dx = spacing_mm
     found = np.zeros(array.shape, bool)
     regions, counts = [], []
     for z, plane in enumerate(array):
         dark = (plane < LUMEN_HU) & air[z]
-        labels, n = cc3d.connected_components(dark, connectivity=4, return_N=True)
+        labels, n = _labelled(dark, 4)
         regions.append(labels.astype(np.min_scalar_type(n)))
         counts.append(np.bincount(labels.ravel()))
         area = counts[-1] * (dy * dx)
@@ -315,7 +325,7 @@ def _airways(
     if not found.any():
         return found
     box = _box(found)
-    labels, n = cc3d.connected_components(found[box], connectivity=26, return_N=True)
+    labels, n = _labelled(found[box], 26)
     length = np.zeros(n + 1, np.int64)
     for part in labels:
         length += np.bincount(part.ravel(), minlength=n + 1) > 0
@@ -342,7 +352,8 @@ def _away(mask: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
     """Return how far inside the mask each voxel lies, mm; the image's frame is no boundary."""
     import edt
 
-    return edt.edt(mask, anisotropy=tuple(spacing_mm), black_border=False, parallel=2)
+    bits = mask.view(np.uint8)  # which takes half the time of bool
+    return edt.edt(bits, anisotropy=tuple(spacing_mm), black_border=False, parallel=2)
 
 
 def _coarse(
@@ -365,15 +376,13 @@ def _lungs_of(
     piece: np.ndarray, array: np.ndarray, spacing_mm: tuple[float, float, float]
 ) -> list[np.ndarray]:
     """Return one lung, or two that touch, parted where they are thin; none for gas in the bowel."""
-    import cc3d
-
     coarse, steps, grid = _coarse(piece, spacing_mm)
     depth = _away(coarse, grid)
     core = depth > 2.5
     if core.any() and _coarse(array, spacing_mm)[0][core].mean() < GAS_HU - 15:
         return []  # away from its wall, gas is as dark as air
     for neck_mm in (1.0, 2.0, 3.0, 4.5):
-        labels = cc3d.connected_components(depth > neck_mm, connectivity=6)
+        labels, _ = _labelled(depth > neck_mm, 6)
         size = np.bincount(labels.ravel())[1:]
         order = np.argsort(size)[::-1] + 1
         if len(size) > 1 and size[order[1] - 1] > 0.2 * coarse.sum():
@@ -387,9 +396,6 @@ def _closed(
     lung: np.ndarray, spacing_mm: tuple[float, float, float], closing_mm: float, hole_mm2: float
 ) -> np.ndarray:
     """Close by a ball, then fill holes in 3-D and those of a slice that are small."""
-    import cc3d
-    import fill_voids
-
     coarse, steps, grid = _coarse(lung, spacing_mm)
     # beyond the image's frame, a lung that it cuts goes straight on, and tissue stays tissue
     ends = []
@@ -401,11 +407,11 @@ def _closed(
     rim = max((step - 1) * side / 2 for step, side in zip(steps, spacing_mm, strict=True))
     closed = _away(closed, grid) > closing_mm + rim  # no wider than lung
     closed = closed[tuple(slice(a, -b or None) for a, b in ends)]
-    closed = fill_voids.fill(_fine(closed, steps, lung.shape) | lung)
+    closed = _filled(_fine(closed, steps, lung.shape) | lung)
     for plane in closed:  # large holes of a slice are the dome of the diaphragm: they stay
-        holes = fill_voids.fill(plane) & ~plane
+        holes = _filled(plane) & ~plane
         if holes.any():
-            labels = cc3d.connected_components(holes, connectivity=8)
+            labels, _ = _labelled(holes, 8)
             size = np.bincount(labels.ravel()) * spacing_mm[1] * spacing_mm[2]
             small = size <= hole_mm2
             small[0] = False
@@ -446,8 +452,6 @@ def lung_mask(
     RangeError
         If the volume is not in HU, or no lung is found.
     """
-    import cc3d
-
     if volume.unit != "HU":
         raise RangeError(f"volume: expected HU, got {volume.unit}; use specimen_mask for µCT")
     array, spacing = np.asarray(volume.array), volume.spacing_mm
@@ -464,7 +468,7 @@ def lung_mask(
             lumen, steps, grid = _coarse(airways[pipes], spacing)
             airways[pipes] |= _fine(_away(~lumen, grid) <= wall_mm, steps, airways[pipes].shape)
             air[pipes] &= ~airways[pipes]
-        labels, n = cc3d.connected_components(air, connectivity=6, return_N=True)
+        labels, n = _labelled(air, 6)
         del air
         size = np.zeros(n + 1, np.int64)
         for part in labels:
@@ -515,9 +519,6 @@ def specimen_mask(
     RangeError
         If no specimen is found, or the grey scale has no two classes.
     """
-    import cc3d
-    import edt
-
     air, tissue, _ = window or micro_window(volume)
     steps = [max(1, round(block_mm / length)) for length in volume.spacing_mm]
     shares = []
@@ -534,11 +535,11 @@ def specimen_mask(
     # bronchi and ducts are open to the outside: close them by a ball of six blocks
     closed = np.pad(coarse, ends, "edge")
     for inside in (False, True):
-        reach = edt.edt(closed if inside else ~closed, anisotropy=tuple(grid), black_border=False)
+        reach = _away(closed if inside else ~closed, grid)
         closed = reach > 6 * block_mm if inside else reach <= 6 * block_mm
     coarse |= closed[:, 8:-8, 8:-8]
-    coarse = np.stack([ndimage.binary_fill_holes(plane) for plane in coarse])
-    labels = cc3d.connected_components(coarse, connectivity=6)
+    coarse = np.stack([_filled(plane) for plane in coarse])
+    labels, _ = _labelled(coarse, 6)
     size = np.bincount(labels.ravel())
     size[0] = 0
     coarse = (size > 0.1 * size.max())[labels] & (size.max() > 0)
