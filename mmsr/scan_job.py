@@ -368,6 +368,7 @@ def super_resolve_scan(
                 if first is not None:
                     first(one)
                     first = None
+                del one, planes, inside  # 33 MB or more, not to be held while the next one is made
                 bar.update()
         facts_of_all = export.finish() if part == (1, 1) else None
     return None if facts_of_all is None else _summary(facts_of_all)
