@@ -264,10 +264,10 @@ class SRGenerator(nn.Module):
         if noise is None and self.training:  # whatever the default type is, the same numbers
             noise = torch.randn(len(x), *shape, device=x.device, dtype=torch.float32)
         elif noise is None:
-            noise = torch.empty(len(x), *shape, dtype=torch.float32)
+            noise = torch.empty(len(x), *shape, dtype=torch.float32, pin_memory=x.is_cuda)
             with ThreadPoolExecutor(min(len(x), 8)) as pool:  # each slice has its own generator
                 list(pool.map(_slice_noise, x.detach().float().cpu(), noise))
-            noise = noise.to(x.device)
+            noise = noise.to(x.device, non_blocking=True)
         elif noise.shape != (len(x), *shape):
             raise ShapeError(f"noise: expected {(len(x), *shape)}, got {tuple(noise.shape)}")
         return noise

@@ -28,6 +28,7 @@ from mmsr.super_resolve import (
     sr_volume,
     super_resolve_slices,
 )
+from .tiling import AT_ONCE
 from .volume import Volume, sr_geometry
 from .writing import disk_needed, free_space
 
@@ -115,16 +116,17 @@ def _rehearse(
     g1: G1Network, shape: tuple[int, int], record: GeneratorRecord, options: SROptions
 ) -> float:
     """Measure the seconds that a slice takes, without writing: on the CPU, on a piece of one."""
-    side = 96 if torch.device(options.device).type == "cpu" else max(shape)
-    piece = min(shape[0], side), min(shape[1], side)
-    air = Volume(np.full((2, *piece), -800, np.int16), (1.0, 1.0, 1.0))
-    single = options.model_copy(update={"batch": 1})
-    took = []
-    for z in range(2):  # the first one warms up
-        began = time.perf_counter()
-        next(super_resolve_slices(air, [z], g1, record, single))
-        took.append(time.perf_counter() - began)
-    return took[1] * shape[0] * shape[1] / (piece[0] * piece[1])
+    piece, batch = shape, options.batch
+    assert isinstance(batch, int)
+    if torch.device(options.device).type == "cpu":
+        piece, batch = (min(shape[0], 96), min(shape[1], 96)), 1
+    warm = batch * AT_ONCE  # each thread warms up
+    lung = Volume(np.full((2 * warm, *piece), -800, np.int16), (1.0, 1.0, 1.0))
+    how = options.model_copy(update={"batch": batch})
+    slices = super_resolve_slices(lung, range(len(lung.array)), g1, record, how)
+    ready = [time.perf_counter() for _ in slices]
+    took = (ready[-1] - ready[warm - 1]) / warm
+    return took * shape[0] * shape[1] / (piece[0] * piece[1])
 
 
 class ScanTargets(NamedTuple):

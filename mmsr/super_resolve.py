@@ -10,7 +10,7 @@ __all__ = ['block_mean', 'enlarge_bicubic', 'blend_weight', 'SROptions', 'SRSlic
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Literal, NamedTuple, Self, TypeVar
 
@@ -31,10 +31,11 @@ from mmsr.core import (
     available_memory,
     progress_bar,
 )
+from .devices import exact_arithmetic
 from .export import QUEUE
 from .generator_files import G1Network, GeneratorRecord
 from .preprocess import AIR_LEVEL, Window
-from .tiling import choose_batch, choose_tile, memory_needed, sr_slice
+from .tiling import AT_ONCE, choose_batch, choose_tile, memory_needed, sr_slice
 from .volume import Volume, sr_geometry
 
 # %% ../nbs/40_super_resolve.ipynb #711cf6cb
@@ -273,6 +274,13 @@ def _outside(images: Tensor, low: float, high: float) -> list[int]:
     return list(((images < low) | (images > high)).sum((1, 2, 3)).tolist())
 
 
+def _to_host(made: Tensor) -> np.ndarray:
+    """Bring a result back from its device, to memory that a GPU reaches without a detour."""
+    if not made.is_cuda:
+        return made.numpy()
+    return torch.empty(made.shape, dtype=made.dtype, pin_memory=True).copy_(made).numpy()
+
+
 def _finish(
     painter: _Painter, places: Sequence[int], hu: Tensor, weight: Tensor | None
 ) -> list[SRSlice]:
@@ -284,11 +292,11 @@ def _finish(
     limited = _outside(sr, low, high)
     sr.clamp_(low, high)
     clipped = _outside(hu, window.low, window.high)
-    apart = (F.avg_pool2d(sr, painter.g1.settings.scale) - hu)[:, 0].cpu().numpy()
-    whole = sr.short()[:, 0].cpu().numpy()
+    apart = _to_host((F.avg_pool2d(sr, painter.g1.settings.scale) - hu)[:, 0])
+    whole = _to_host(sr.short()[:, 0])
     spreads: Sequence[np.ndarray | None] = [None] * len(whole)
     if spread is not None:
-        spreads = list(spread.round_().clamp_(max=high).short()[:, 0].cpu().numpy())
+        spreads = list(_to_host(spread.round_().clamp_(max=high).short()[:, 0]))
     columns = zip(places, whole, apart, spreads, clipped, limited, strict=False)  # padded batches
     return [SRSlice(*row) for row in columns]
 
@@ -298,13 +306,15 @@ _Item = TypeVar("_Item")
 _Made = TypeVar("_Made")
 
 
-def _ahead(make: Callable[[_Item], _Made], items: Iterable[_Item]) -> Iterator[_Made]:
-    """Make one thing after the other, in a thread that is one ahead of the caller."""
-    with ThreadPoolExecutor(1) as pool:
+def _ahead(
+    make: Callable[[_Item], _Made], items: Iterable[_Item], threads: int = 1
+) -> Iterator[_Made]:
+    """Make one thing after the other, in threads that are ahead of the caller, each by one."""
+    with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[_Made]] = deque()
         for item in items:
             waiting.append(pool.submit(make, item))
-            if len(waiting) > 1:
+            if len(waiting) > threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -381,6 +391,8 @@ def super_resolve_slices(
     """
     check_scan(volume, g1, record, mask)
     device, shape = torch.device(options.device), volume.array.shape[1:]
+    if device.type == "cuda" and device.index is None:  # each thread has a current one of its own
+        device = torch.device("cuda", torch.cuda.current_device())
     g1 = g1.to(device).eval()
     options = options.resolved(g1, shape)
     size = options.batch
@@ -400,7 +412,8 @@ def super_resolve_slices(
         # always as many at once: another number might round otherwise
         full = [*range(len(chosen)), *[len(chosen) - 1] * (size - len(chosen))]
         try:
-            with torch.inference_mode(), _exact(device):
+            gpu = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+            with torch.inference_mode(), gpu:
                 hu, weight = (
                     None if a is None else torch.from_numpy(a[full])[:, None].to(device)
                     for a in arrays
@@ -410,7 +423,9 @@ def super_resolve_slices(
         except MMSRError as e:
             last = "" if len(chosen) == 1 else f" to {chosen[-1]}"
             raise type(e)(f"slice {chosen[0]}{last}: {e}") from e
-        except torch.OutOfMemoryError as e:
+        except RuntimeError as e:
+            if not _is_memory(e):
+                raise
             raise ResourceError(
                 f"{device}: its memory does not suffice for {size} slices at once with tile "
                 f"{options.tile}; use fewer (--batch 1) or smaller tiles (--tile 64)"
@@ -420,22 +435,15 @@ def super_resolve_slices(
     if device.type == "cpu":  # which gains nothing from what is ready early
         for batch in batches:
             yield from paint(load(batch))
-    else:  # read, super-resolve and hand out at the same time
-        for made in _ahead(paint, _ahead(load, batches)):
-            yield from made
+    else:  # read, draw noise, super-resolve, fetch and hand out at the same time
+        with exact_arithmetic():
+            for made in _ahead(paint, _ahead(load, batches), AT_ONCE):
+                yield from made
 
 
-@contextmanager
-def _exact(device: torch.device) -> Iterator[None]:
-    """Compute on this GPU with all the digits of its numbers, and the same way each time."""
-    if device.type != "cuda":
-        yield
-        return
-    with (
-        torch.cuda.device(device),
-        torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False),
-    ):
-        yield
+def _is_memory(error: RuntimeError) -> bool:
+    """Tell whether a GPU's memory did not suffice, in torch's words or in cuDNN's."""
+    return isinstance(error, torch.OutOfMemoryError) or "unable to find an engine" in str(error)
 
 # %% ../nbs/40_super_resolve.ipynb #eb979da8
 class SRResult(NamedTuple):
@@ -560,8 +568,9 @@ def _memory_of(g1: G1Network, shape: Sequence[int], options: SROptions, in_memor
     result = 2 * arrays * fine * (QUEUE + 1 + batch)
     if in_memory:
         result = slices * (2 * arrays * fine + 4 * height * width)
-    if torch.device(options.device).type != "cpu":  # two batches more, and noise on its way
-        return result + batch * (4 * arrays * fine + 4 * g1.noise_channels * height * width)
+    if torch.device(options.device).type != "cpu":  # batches that wait, and the noise of two
+        waiting = 2 * arrays * fine * (AT_ONCE + 1)
+        return result + batch * (waiting + AT_ONCE * 4 * g1.noise_channels * height * width)
     network = memory_needed(g1, (height, width), tile=tile, batch=batch)
     # on the way to whole HU: an enlargement, a sum; with the spread, mean and squares too
     return result + network + (6 if options.uncertainty else 2) * 4 * fine * batch

@@ -1,5 +1,8 @@
 """Super-resolution in memory: HU in, HU out, whatever is in the scan."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -69,6 +72,7 @@ def test_what_is_made_ahead_comes_in_order_and_fails_in_place() -> None:
     assert next(first) == 0
     assert list(first) == [1, 4, 9]
     assert list(_ahead(make, _ahead(make, range(3)))) == [0, 1, 16]
+    assert list(_ahead(make, range(4), threads=2)) == [0, 1, 4, 9]
     given = []
     with pytest.raises(MMSRError, match="slice 5"):
         given.extend(_ahead(make, range(9)))
@@ -77,6 +81,34 @@ def test_what_is_made_ahead_comes_in_order_and_fails_in_place() -> None:
     next(stopped)
     stopped.close()
     assert len(made) <= 3  # nobody works on for a caller who has left
+
+
+def test_a_gpu_keeps_all_digits_whatever_was_switched_before() -> None:
+    """Torch has an old and a new switch for TF32, and fails where one looks at the other's."""
+    cudnn = torch.backends.cudnn
+    earlier = ["cudnn.allow_tf32 = True", "cudnn.allow_tf32 = False"]
+    if hasattr(cudnn, "conv"):
+        places = ("cudnn.conv", "cudnn", "torch.backends")
+        earlier += [f"{p}.fp32_precision = '{how}'" for p in places for how in ("ieee", "tf32")]
+    script = """
+import os, sys, torch
+from mmsr.devices import _whole_digits, exact_arithmetic
+cudnn = torch.backends.cudnn
+for line in sys.argv[1:]:
+    if os.fork() == 0:  # the switches are the process's
+        exec(line)
+        owner, name, exact = _whole_digits()
+        before = getattr(owner, name), cudnn.deterministic, cudnn.benchmark
+        with exact_arithmetic():
+            assert (getattr(owner, name), cudnn.deterministic) == (exact, True), line
+        assert (getattr(owner, name), cudnn.deterministic, cudnn.benchmark) == before, line
+        os._exit(0)
+    assert os.wait()[1] == 0, line
+print("checked")
+"""
+    command = [sys.executable, "-W", "ignore", "-c", script, *earlier]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.stdout == "checked\n", run.stderr
 
 
 def test_the_caller_is_not_left_in_inference_mode() -> None:
