@@ -8,7 +8,7 @@ __all__ = ['AIR_LEVEL', 'TISSUE_LEVEL', 'CLINICAL_WINDOW', 'LUMEN_HU', 'GAS_HU',
 
 # %% ../nbs/03_preprocess.ipynb #1efaed02
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -218,7 +218,7 @@ def _filled(mask: np.ndarray) -> np.ndarray:
     return np.asarray(fill_voids.fill(mask.T).T)
 
 
-def _labelled(mask: np.ndarray, neighbours: int) -> tuple[np.ndarray, int]:
+def _labelled(mask: np.ndarray, neighbours: Literal[4, 6, 8, 26]) -> tuple[np.ndarray, int]:
     """Number what hangs together in a mask; return how many there are, too."""
     import cc3d
 
