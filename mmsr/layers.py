@@ -501,4 +501,7 @@ def lay_out(net: nn.Module, norm: Norm) -> None:
     """
     for m in net.modules():
         if norm != "instance" and isinstance(m, nn.Conv2d | nn.ConvTranspose2d):
-            m.weight.data = m.weight.data.contiguous(memory_format=torch.channels_last)
+            # a copy: asked to be contiguous, weights of one channel would stay as they are,
+            # and hand b c h w on to all that follows
+            laid = torch.empty_like(m.weight.data, memory_format=torch.channels_last)
+            m.weight.data = laid.copy_(m.weight.data)
