@@ -77,8 +77,8 @@ def run_experiment(name: str, output: str | Path, values: Mapping[str, Any]) -> 
     FileError, ResourceError
         If `output` cannot be written, or the notebook's process did not start or was killed.
     MMSRError
-        Whatever the experiment itself refused.
-        Or failed for another reason; the text names the notebook that shows where.
+        Whatever the experiment itself refused; or, if it failed otherwise, the reason and the
+        notebook that shows where.
     """
     import papermill
     from nbclient.exceptions import DeadKernelError

@@ -267,11 +267,12 @@ def _unpose(image: Tensor, pose: int) -> Tensor:
 
 
 def _outside(images: Tensor, low: float, high: float) -> list[int]:
-    """Count the pixels of each image that are outside a range; quick if there are none."""
+    """Count the pixels of each image that are outside a range."""
     least, most = torch.aminmax(images)
-    if low <= least and most <= high:  # else counting would be the largest step in time and memory
+    if low <= least and most <= high:  # as nearly always: no masks as large as the images
         return [0] * len(images)
-    return list(((images < low) | (images > high)).sum((1, 2, 3)).tolist())
+    # one by one: a sum over axes would turn the masks into 64-bit numbers
+    return [int(((one < low) | (one > high)).count_nonzero()) for one in images]
 
 
 def _to_host(made: Tensor) -> np.ndarray:
@@ -424,7 +425,7 @@ def super_resolve_slices(
             last = "" if len(chosen) == 1 else f" to {chosen[-1]}"
             raise type(e)(f"slice {chosen[0]}{last}: {e}") from e
         except RuntimeError as e:
-            if not _is_memory(e):
+            if not _is_out_of_memory(e):
                 raise
             raise ResourceError(
                 f"{device}: its memory does not suffice for {size} slices at once with tile "
@@ -441,7 +442,7 @@ def super_resolve_slices(
                 yield from made
 
 
-def _is_memory(error: RuntimeError) -> bool:
+def _is_out_of_memory(error: RuntimeError) -> bool:
     """Tell whether a GPU's memory did not suffice, in torch's words or in cuDNN's."""
     return isinstance(error, torch.OutOfMemoryError) or "unable to find an engine" in str(error)
 

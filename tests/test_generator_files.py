@@ -52,6 +52,18 @@ def good(tmp_path: Path) -> Path:
     return path
 
 
+def test_maps_lie_as_b_h_w_c_from_the_first_layer_on(good: Path) -> None:
+    """Its weights have one channel, and a memory format that torch is easily wrong about."""
+    for g1 in (build_g1(SMALL), load_generator(good)[0]):
+        seen = []
+        for layer in g1.modules():
+            if isinstance(layer, torch.nn.Conv2d):
+                layer.register_forward_hook(lambda _layer, _inputs, out: seen.append(out))
+        g1.eval()(torch.zeros(1, 1, 12, 10))
+        assert len(seen) > 3
+        assert all(out.is_contiguous(memory_format=torch.channels_last) for out in seen)
+
+
 def refused(path: Path, content: bytes) -> str:
     """Load `content` and return its one-line refusal."""
     path.write_bytes(content)

@@ -111,6 +111,31 @@ print("checked")
     assert run.stdout == "checked\n", run.stderr
 
 
+@pytest.mark.parametrize(
+    ("raised", "kind"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), ResourceError),
+        (
+            RuntimeError("GET was unable to find an engine to execute this computation"),
+            ResourceError,
+        ),
+        (RuntimeError("something else"), RuntimeError),
+    ],
+)
+def test_too_little_memory_on_the_device_is_said_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, raised: RuntimeError, kind: type[Exception]
+) -> None:
+    def fail(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("mmsr.super_resolve._finish", fail)
+    g1, volume = tiny(), volume_of(np.zeros((1, 12, 9)))
+    with pytest.raises(kind) as e:
+        list(super_resolve_slices(volume, [0], g1, record_of(g1), SROptions()))
+    assert (type(e.value) is ResourceError) == (kind is ResourceError)
+    assert ("--batch 1" in str(e.value)) == (kind is ResourceError)
+
+
 def test_the_caller_is_not_left_in_inference_mode() -> None:
     g1 = tiny()
     volume = volume_of(seeded(0, "mode").integers(-1000, 100, (2, 12, 9)))
