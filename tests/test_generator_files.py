@@ -55,10 +55,14 @@ def good(tmp_path: Path) -> Path:
 def test_maps_lie_as_b_h_w_c_from_the_first_layer_on(good: Path) -> None:
     """Its weights have one channel, and a memory format that torch is easily wrong about."""
     for g1 in (build_g1(SMALL), load_generator(good)[0]):
-        seen = []
+        seen: list[torch.Tensor] = []
+
+        def keep(_layer: object, _inputs: object, out: torch.Tensor, into: list = seen) -> None:
+            into.append(out)
+
         for layer in g1.modules():
             if isinstance(layer, torch.nn.Conv2d):
-                layer.register_forward_hook(lambda _layer, _inputs, out: seen.append(out))
+                layer.register_forward_hook(keep)
         g1.eval()(torch.zeros(1, 1, 12, 10))
         assert len(seen) > 3
         assert all(out.is_contiguous(memory_format=torch.channels_last) for out in seen)
