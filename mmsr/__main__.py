@@ -9,7 +9,7 @@ def main() -> None:
     heeded = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not so under nohup
     if heeded:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    from mmsr.cli import main as run
+    from mmsr.app.cli import main as run
 
     if heeded:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -21,7 +21,7 @@ from pydicom.uid import (
 )
 
 from mmsr.core import MMSRError
-from mmsr.reading import read_heads, read_volume
+from mmsr.scans.read import read_heads, read_volume
 
 PACKED = {
     JPEGLSLossless: imagecodecs.jpegls_encode,

@@ -10,28 +10,53 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LIBRARY = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
-NUMBER = {p.stem.partition("_")[2]: p.stem.partition("_")[0] for p in LIBRARY}  # "04", "05a"
+NBS = ROOT / "nbs"
+PAGES = sorted([NBS / "00_core.ipynb", *NBS.glob("[0-9]_*/*.ipynb")])
+
+
+def module_of(page: Path) -> str:
+    """Name the module of a page: 1_data/02_phantom makes data.phantom."""
+    parts = page.relative_to(NBS).with_suffix("").parts
+    return ".".join(part.partition("_")[2] for part in parts)
+
+
+PLACE = {module_of(page): page.relative_to(NBS).as_posix() for page in PAGES}
 TRACKED = subprocess.run(
     ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
 ).stdout.split()
 
 
-@pytest.mark.parametrize("name", sorted(NUMBER))
+@pytest.mark.parametrize("name", sorted(PLACE))
 def test_imports_point_down(name: str) -> None:
-    tree = ast.parse((ROOT / "mmsr" / f"{name}.py").read_text(encoding="utf8"))
-    for node in ast.walk(tree):
+    """A page imports from earlier parts, and from earlier pages of its own part."""
+    file = ROOT / "mmsr" / f"{name.replace('.', '/')}.py"
+    package = ["mmsr", *name.split(".")[:-1]]
+    found = 0
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf8"))):
         if not isinstance(node, ast.ImportFrom):
             continue
-        other = (node.module or "").removeprefix("mmsr.")  # nbdev makes some imports relative
-        if node.level or other != node.module:
-            assert NUMBER.get(other, "") < NUMBER[name], f"{name} imports {other}"
-            assert all(alias.name != "*" for alias in node.names)
+        above = package[: len(package) - node.level + 1] if node.level else []
+        other = ".".join([*above, *filter(None, [node.module])])
+        if not other.startswith("mmsr"):
+            continue
+        assert all(alias.name != "*" for alias in node.names)
+        if other != "mmsr":  # the package itself: its version
+            found += 1
+            assert PLACE[other.removeprefix("mmsr.")] < PLACE[name], f"{name} imports {other}"
+    assert found or name == "core"
+
+
+def test_pages_are_where_their_modules_say() -> None:
+    assert len(PAGES) > 35
+    made = {p.relative_to(ROOT / "mmsr") for p in (ROOT / "mmsr").rglob("*.py")}
+    made = {".".join(p.with_suffix("").parts) for p in made if not p.name.startswith("_")}
+    assert made == set(PLACE)
 
 
 def test_training_side_needs_no_scan_library() -> None:
-    """Modules 10 to 31 import on a bare GPU image: no SimpleITK, no Jupyter, no pictures."""
-    side = [name for name, number in NUMBER.items() if "10" <= number < "40"]
+    """Networks, losses and loops import on a bare GPU image: no SimpleITK, Jupyter, pictures."""
+    side = [name for name in PLACE if name.startswith(("networks", "losses", "training"))]
+    assert len(side) > 10
     heavy = ["SimpleITK", "pydicom", "skimage", "cc3d", "IPython", "papermill", "matplotlib"]
     code = (
         f"import sys, {', '.join(f'mmsr.{n}' for n in side)}\n"
@@ -41,7 +66,9 @@ def test_training_side_needs_no_scan_library() -> None:
     assert run.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "nbs").rglob("*.ipynb")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted(NBS.rglob("*.ipynb")), ids=lambda p: p.relative_to(NBS).as_posix()
+)
 def test_notebook_is_presentable(path: Path) -> None:
     notebook = nbformat.read(path, 4)
     assert path.stat().st_size < 300_000, "over 300 kB"

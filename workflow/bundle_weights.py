@@ -7,9 +7,9 @@ its evaluation (held-out phantom cases, bicubic beside it) in the record.
 import sys
 from pathlib import Path
 
+from mmsr.app.train import find_weights
 from mmsr.core import read_json
-from mmsr.experiments import find_weights
-from mmsr.generator_files import load_generator, save_generator
+from mmsr.networks.weights import load_generator, save_generator
 
 run, model = Path(sys.argv[1]), sys.argv[2]
 metrics = read_json(run / "metrics.json")

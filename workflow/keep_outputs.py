@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from mmsr.core import read_json, write_json
-from mmsr.generator_files import load_generator
+from mmsr.networks.weights import load_generator
 
 EXECUTED = {
     "prepare": "prepare/notebook.ipynb",
