@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from .slices import Block, Request, Stack, check_spacing, given_voxel
 
 from ..core import RESEARCH_ONLY, FileError, GeometryError, SettingsError
-from ..data.volume import Block, DicomSource, Grid, Request, Stack, check_spacing, given_voxel
+from ..data.volume import DicomSource, Grid
 from mmsr.scans.dicom_file import (
     DicomSlice,
     check_image,

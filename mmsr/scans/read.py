@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from .slices import IN_PLANE_MM, Request, Stack, volume_of, voxel_size
 
 from mmsr.core import (
     FileError,
@@ -25,7 +26,7 @@ from mmsr.core import (
     SettingsError,
     available_memory,
 )
-from ..data.volume import IN_PLANE_MM, Request, Stack, Volume, slice_range, volume_of, voxel_size
+from ..data.volume import Volume, slice_range
 from .dicom_file import is_dicom, read_slices
 from .dicom_series import open_dicom
 from .ome_zarr import is_zarr, open_zarr, read_zarr

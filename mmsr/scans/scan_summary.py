@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from .slices import Request, Stack, Tally
 
 from ..core import FileError, MMSRError
-from ..data.volume import Grid, Request, Stack, Tally
+from ..data.volume import Grid
 from .dicom_file import DicomSlice
 from .dicom_series import DicomFacts, dicom_facts, scan_series
 from .read import Found, find_scan, open_stack, read_heads, request

@@ -14,18 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from .slices import Block, HeldFile, Request, Stack, check_spacing, doubt, given_voxel
 
 from ..core import FileError, GeometryError, ShapeError
-from mmsr.data.volume import (
-    Block,
-    Grid,
-    HeldFile,
-    Request,
-    Stack,
-    check_spacing,
-    doubt,
-    given_voxel,
-)
+from ..data.volume import Grid
 
 # %% ../../nbs/5_scans/07_tiff_stack.ipynb #c2d1da86
 LENGTHS_MM = {

@@ -12,18 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+from .slices import Block, HeldFile, Request, Stack, check_spacing, doubt, given_voxel
 
 from ..core import FileError, GeometryError, RangeError, ResourceError
-from mmsr.data.volume import (
-    Block,
-    Grid,
-    HeldFile,
-    Request,
-    Stack,
-    check_spacing,
-    doubt,
-    given_voxel,
-)
+from ..data.volume import Grid
 from .regular_grid import straighten
 from .volume_headers import Header, unpack
 

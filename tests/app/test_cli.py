@@ -23,7 +23,7 @@ from PIL import Image
 
 import mmsr
 from mmsr.app import cli
-from mmsr.app import train as experiments
+from mmsr.app.cli import train as experiments
 from mmsr.core import RESEARCH_ONLY, seeded
 from mmsr.data.masks import CLINICAL_WINDOW, lung_mask
 from mmsr.data.phantom import clinical_case

@@ -28,6 +28,7 @@ from dicom_maker import (
     series,
     uid,
 )
+from mmsr.scans.slices import Request
 from peak import PEAK_BYTES
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
@@ -48,7 +49,6 @@ from pydicom.uid import (
 
 import mmsr.scans.dicom_file
 from mmsr.core import FileError, GeometryError, MMSRError, RangeError, SettingsError
-from mmsr.data.volume import Request
 from mmsr.scans.dicom_series import dicom_facts, open_dicom, scan_series
 from mmsr.scans.read import read_heads, read_volume
 

@@ -18,6 +18,7 @@ import pytest
 import SimpleITK as sitk
 import zarr
 from export_job import JOB, SLICES, fill, outputs, plane, run
+from mmsr.scans.slices import SliceReader
 from peak import PEAK_BYTES
 
 from mmsr.core import (
@@ -31,7 +32,7 @@ from mmsr.core import (
     ShapeError,
     seeded,
 )
-from mmsr.data.volume import DicomSource, SliceReader, Volume, sr_geometry
+from mmsr.data.volume import DicomSource, Volume, sr_geometry
 from mmsr.scans.read import read_volume
 from mmsr.scans.resumable_output import (
     Output,
