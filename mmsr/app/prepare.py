@@ -36,8 +36,7 @@ from mmsr.data.masks import (
     specimen_mask,
 )
 from ..data.phantom import SCALE, PhantomCase, clinical_case, micro_case
-from ..data.volume import Volume, resample_in_plane
-from ..inference.super_resolve import block_mean
+from ..data.volume import Volume, block_mean, resample_in_plane
 from ..scans.read import read_mask, read_volume
 from ..scans.write import write_volume
 

@@ -43,8 +43,8 @@ from mmsr.core import (
 )
 from ..data.masks import CLINICAL_WINDOW, lung_mask
 from ..data.patches import PatchBank, open_bank
-from ..data.volume import sr_geometry
-from ..evaluation.metrics import SliceMeasures, enlarge_nearest, measure_slice
+from ..data.volume import enlarge_nearest, sr_geometry
+from ..evaluation.metrics import SliceMeasures, measure_slice
 from ..inference.super_resolve import enlarge_bicubic
 from ..losses.mmsr import MMSRTerms
 from ..networks.discriminators import PatchDiscriminator

@@ -11,12 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
-from ..scans.slices import AIR_HU
 from numpy.typing import ArrayLike
 from scipy import ndimage
 
 from ..core import RangeError, SettingsError
-from .volume import Volume
+from .volume import AIR_HU, Volume
 
 # %% ../../nbs/1_data/05_masks.ipynb #c4128b7a
 AIR_LEVEL = -0.8

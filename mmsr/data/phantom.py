@@ -13,11 +13,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from ..scans.slices import AIR_HU
 from scipy import ndimage
 
 from ..core import RangeError, ShapeError, seeded
-from .volume import Volume, sr_geometry
+from .volume import AIR_HU, Volume, sr_geometry
 
 # %% ../../nbs/1_data/02_phantom.ipynb #0a6329aa
 PIXEL_MM = 0.078125

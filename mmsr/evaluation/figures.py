@@ -16,8 +16,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..core import RESEARCH_ONLY, RangeError, SettingsError, ShapeError, add_scale_bar
-from ..data.volume import Volume
-from ..inference.super_resolve import SRSlice, block_mean
+from ..data.volume import Volume, block_mean
+from ..inference.super_resolve import SRSlice
 from ..training.run_folder import read_history
 
 # %% ../../nbs/7_evaluation/03_figures.ipynb #05acb265

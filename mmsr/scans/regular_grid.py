@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from .slices import AIR_HU, Block, Request, Stack, Tally
 
 from ..core import GeometryError
-from ..data.volume import Grid
+from ..data.volume import AIR_HU, Grid
+from .slices import Block, Request, Stack, Tally
 
 # %% ../../nbs/5_scans/03_regular_grid.ipynb #59af24a4
 SAME_MM = 1e-3  # slices nearer than this lie at one place

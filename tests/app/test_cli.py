@@ -27,10 +27,9 @@ from mmsr.app.cli import train as experiments
 from mmsr.core import RESEARCH_ONLY, seeded
 from mmsr.data.masks import CLINICAL_WINDOW, lung_mask
 from mmsr.data.phantom import clinical_case
-from mmsr.data.volume import Volume
+from mmsr.data.volume import Volume, block_mean
 from mmsr.evaluation import figures
 from mmsr.inference import scan_job
-from mmsr.inference.super_resolve import block_mean
 from mmsr.networks.generators import G1Settings, build_g1
 from mmsr.networks.weights import GeneratorRecord, save_generator
 from mmsr.scans.read import read_volume

@@ -19,9 +19,9 @@ from peak import PEAK_BYTES
 
 from mmsr.core import FileError, MMSRError, ResourceError, SettingsError, seeded
 from mmsr.data.masks import CLINICAL_WINDOW
-from mmsr.data.volume import Volume
+from mmsr.data.volume import Volume, block_mean
 from mmsr.inference.scan_job import ScanTargets, plan_job, spoken, spoken_size, super_resolve_scan
-from mmsr.inference.super_resolve import SROptions, block_mean, super_resolve
+from mmsr.inference.super_resolve import SROptions, super_resolve
 from mmsr.networks.generators import G1Settings, SRGenerator, build_g1
 from mmsr.networks.weights import GeneratorRecord, load_generator, save_generator
 from mmsr.scans.read import read_volume

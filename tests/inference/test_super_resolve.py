@@ -9,11 +9,10 @@ import torch
 
 from mmsr.core import MMSRError, ResourceError, seeded
 from mmsr.data.masks import CLINICAL_WINDOW
-from mmsr.data.volume import Volume
+from mmsr.data.volume import Volume, block_mean
 from mmsr.inference.super_resolve import (
     SROptions,
     _ahead,
-    block_mean,
     enlarge_bicubic,
     super_resolve,
     super_resolve_slices,
