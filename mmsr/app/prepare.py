@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import pydantic
+from ..data.phantom_scans import PhantomCase, clinical_case, micro_case
 
 from mmsr.core import (
     FileError,
@@ -35,7 +36,7 @@ from mmsr.data.masks import (
     micro_window,
     specimen_mask,
 )
-from ..data.phantom import SCALE, PhantomCase, clinical_case, micro_case
+from ..data.phantom import SCALE
 from ..data.volume import Volume, block_mean, resample_in_plane
 from ..scans.read import read_mask, read_volume
 from ..scans.write import write_volume
