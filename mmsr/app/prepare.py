@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import pydantic
-from ..data.phantom_scans import PhantomCase, clinical_case, micro_case
+from ..data.windows import CLINICAL_WINDOW, Window, micro_window
 
 from mmsr.core import (
     FileError,
@@ -29,14 +29,9 @@ from mmsr.core import (
     seeded,
     write_json,
 )
-from mmsr.data.masks import (
-    CLINICAL_WINDOW,
-    Window,
-    lung_mask,
-    micro_window,
-    specimen_mask,
-)
+from ..data.masks import lung_mask, specimen_mask
 from ..data.phantom import SCALE
+from ..data.phantom_scans import PhantomCase, clinical_case, micro_case
 from ..data.volume import Volume, block_mean, resample_in_plane
 from ..scans.read import read_mask, read_volume
 from ..scans.write import write_volume

@@ -21,6 +21,7 @@ import numpy as np
 import pydantic
 import torch
 import yaml
+from ..data.windows import CLINICAL_WINDOW
 
 import mmsr
 from mmsr.app.prepare import (
@@ -41,7 +42,7 @@ from mmsr.core import (
     read_json,
     write_json,
 )
-from ..data.masks import CLINICAL_WINDOW, lung_mask
+from ..data.masks import lung_mask
 from ..data.patches import PatchBank, open_bank
 from ..data.volume import enlarge_nearest, sr_geometry
 from ..evaluation.metrics import SliceMeasures, measure_slice

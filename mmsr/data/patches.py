@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pydantic
+from .windows import AIR_LEVEL, TISSUE_LEVEL, Window
 
 from mmsr.core import (
     FileError,
@@ -33,7 +34,6 @@ from mmsr.core import (
     seeded,
     write_json,
 )
-from .masks import AIR_LEVEL, TISSUE_LEVEL, Window
 
 # %% ../../nbs/1_data/06_patches.ipynb #6c2c4464
 def split_cases(

@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple, Self, TypeVar
 import numpy as np
 import pydantic
 import torch
+from ..data.windows import AIR_LEVEL, Window
 from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,7 +32,6 @@ from mmsr.core import (
     available_memory,
     progress_bar,
 )
-from ..data.masks import AIR_LEVEL, Window
 from ..data.volume import Volume, sr_geometry
 from .tiling import AT_ONCE, choose_batch, choose_tile, memory_needed, sr_slice
 from ..networks.weights import G1Network, GeneratorRecord

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
+from ..data.windows import AIR_LEVEL, Window
 from torch import Tensor, nn
 
 from ..core import MMSRError, RangeError, ResourceError, SettingsError, seeded
-from ..data.masks import AIR_LEVEL, Window
 from ..data.patches import PatchBank, UnpairedBatches
 
 if TYPE_CHECKING:  # its import takes longer than that of all else together

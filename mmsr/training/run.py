@@ -30,6 +30,7 @@ import numpy as np
 import pydantic
 import torch
 import torch.nn.functional as F
+from ..data.windows import Window
 from torch import Tensor, nn
 
 from .. import __version__
@@ -45,7 +46,6 @@ from mmsr.core import (
     progress_bar,
     seeded,
 )
-from ..data.masks import Window
 from ..data.patches import PatchBank
 from ..losses.mmsr import MMSRTerms
 from mmsr.networks.weights import (

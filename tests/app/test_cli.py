@@ -19,14 +19,15 @@ import pytest
 import SimpleITK as sitk
 import torch
 from matplotlib.figure import Figure
-from mmsr.data.phantom_scans import clinical_case
+from mmsr.data.windows import CLINICAL_WINDOW
 from PIL import Image
 
 import mmsr
 from mmsr.app import cli
 from mmsr.app.cli import train as experiments
 from mmsr.core import RESEARCH_ONLY, seeded
-from mmsr.data.masks import CLINICAL_WINDOW, lung_mask
+from mmsr.data.masks import lung_mask
+from mmsr.data.phantom_scans import clinical_case
 from mmsr.data.volume import Volume, block_mean
 from mmsr.evaluation import figures
 from mmsr.inference import scan_job

@@ -11,10 +11,10 @@ import pydicom
 import pytest
 from dicom_maker import series
 from matplotlib.text import Text
+from mmsr.data.windows import CLINICAL_WINDOW
 
 from mmsr.app.cli import main
 from mmsr.core import seeded
-from mmsr.data.masks import CLINICAL_WINDOW
 from mmsr.evaluation.figures import overview
 from mmsr.inference.super_resolve import SROptions, super_resolve_slices
 from mmsr.networks.generators import G1Settings, build_g1

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mmsr.data.windows import micro_window
 from peak import PEAK_BYTES
 
 from mmsr.core import FileError, GeometryError, RangeError
-from mmsr.data.masks import lung_mask, micro_window, specimen_mask
+from mmsr.data.masks import lung_mask, specimen_mask
 from mmsr.data.volume import Volume
 from mmsr.scans.read import read_mask, read_volume
 from mmsr.scans.write import write_volume

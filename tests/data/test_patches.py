@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mmsr.data.windows import CLINICAL_WINDOW, Window
 
 from mmsr.core import (
     FileError,
@@ -23,7 +24,7 @@ from mmsr.core import (
     ShapeError,
     seeded,
 )
-from mmsr.data.masks import CLINICAL_WINDOW, Window, lung_mask
+from mmsr.data.masks import lung_mask
 from mmsr.data.patches import (
     PatchCase,
     UnpairedBatches,

@@ -15,10 +15,10 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 import torch
+from mmsr.data.windows import CLINICAL_WINDOW
 from peak import PEAK_BYTES
 
 from mmsr.core import FileError, MMSRError, ResourceError, SettingsError, seeded
-from mmsr.data.masks import CLINICAL_WINDOW
 from mmsr.data.volume import Volume, block_mean
 from mmsr.inference.scan_job import ScanTargets, plan_job, spoken, spoken_size, super_resolve_scan
 from mmsr.inference.super_resolve import SROptions, super_resolve

@@ -6,9 +6,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+from mmsr.data.windows import CLINICAL_WINDOW
 
 from mmsr.core import MMSRError, ResourceError, seeded
-from mmsr.data.masks import CLINICAL_WINDOW
 from mmsr.data.volume import Volume, block_mean
 from mmsr.inference.super_resolve import (
     SROptions,

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mmsr.data.windows import Window
 
 from mmsr.app.cli import run as training
 from mmsr.core import FileError, ResourceError, SettingsError, ShapeError, read_json, seeded
-from mmsr.data.masks import Window
 from mmsr.data.patches import PatchBank, PatchCase, open_bank, write_bank
 from mmsr.networks.weights import load_generator
 from mmsr.training import sr_cyclegan, sr_unit
