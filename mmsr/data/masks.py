@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from .windows import Window, micro_window
 from scipy import ndimage
 
 from ..core import RangeError
 from .volume import AIR_HU, Volume
+from .windows import Window, micro_window
 
 # %% ../../nbs/1_data/05_masks.ipynb #7dedde31
 LUMEN_HU = -600.0  # lower than the lung's: parts a bronchus from the lung by half a pixel of wall

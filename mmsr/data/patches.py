@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DRAWS', 'MIN_SPREAD', 'MIN_TISSUE', 'split_cases', 'sample_positions', 'reject_reason', 'PatchCase', 'CaseRecord',
-           'BankInfo', 'PatchBank', 'open_bank', 'write_bank', 'refuse_overlap', 'Draw', 'UnpairedBatches']
+           'BankInfo', 'PatchBank', 'open_bank', 'write_bank', 'refuse_overlap']
 
 # %% ../../nbs/1_data/06_patches.ipynb #7d144dc8
 import errno
@@ -12,14 +12,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pydantic
-from .windows import AIR_LEVEL, TISSUE_LEVEL, Window
 
 from mmsr.core import (
     FileError,
@@ -34,6 +32,7 @@ from mmsr.core import (
     seeded,
     write_json,
 )
+from .windows import AIR_LEVEL, TISSUE_LEVEL, Window
 
 # %% ../../nbs/1_data/06_patches.ipynb #6c2c4464
 def split_cases(
@@ -578,153 +577,3 @@ def refuse_overlap(train: BankInfo, test: BankInfo) -> None:
                     f"test case {case.name}: has the {name} of the training case {twin}; split by "
                     "case, with each scan listed once"
                 )
-
-# %% ../../nbs/1_data/06_patches.ipynb #83c5bc43
-class Draw(NamedTuple):
-    """The choice that makes a batch: which patches, in which of eight poses.
-
-    Pose p is `p % 4` quarter turns (`rot90`), and from 4 on mirrored left to right after that.
-
-    Parameters
-    ----------
-    x, y : array of int64, shape (b,)
-        Places in the clinical and in the µCT bank.
-    x_pose, y_pose : array of int64, shape (b,)
-        0 to 7; 0 leaves a patch as it is.
-    degraded : array of int64, shape (b,)
-        Where not −1: the place in the µCT bank whose block means stand in for x (R15).
-    """
-
-    x: np.ndarray
-    y: np.ndarray
-    x_pose: np.ndarray
-    y_pose: np.ndarray
-    degraded: np.ndarray
-
-
-@lru_cache(maxsize=32)
-def _order(seed: int, side: str, epoch: int, n: int) -> np.ndarray:
-    """Return the order of one pass over a bank; drawn once, not at every step."""
-    order = seeded(seed, side, "order", epoch).permutation(n)
-    order.setflags(write=False)  # all callers share it
-    return order
-
-
-class UnpairedBatches(NamedTuple):
-    """Batches of clinical and µCT patches that are not registered (Sec. 2.2).
-
-    Parameters
-    ----------
-    x_bank, y_bank : PatchBank
-        Clinical patches of size h, µCT patches of size scale × h.
-    batch_size : int
-        Patches of each in a batch.
-    seed : int
-        Of the orders and poses.
-    augment : bool
-        Whether to flip and turn at random.
-    scale : int
-        Linear ratio of the two grids.
-    degraded_fraction : float
-        Part of the samples whose x is a shrunken µCT patch, 0 to 1 (R15).
-    """
-
-    x_bank: PatchBank
-    y_bank: PatchBank
-    batch_size: int
-    seed: int
-    augment: bool = True
-    scale: int = 8
-    degraded_fraction: float = 0.0
-
-    def draw(self, step: int) -> Draw:
-        """Choose the patches of a step; the same step always gives the same choice.
-
-        Parameters
-        ----------
-        step : int
-            0 or more.
-
-        Returns
-        -------
-        Draw
-
-        Raises
-        ------
-        ShapeError
-            If µCT patches are not `scale` times as large as clinical ones.
-        SettingsError
-            If `step`, `batch_size` or `degraded_fraction` is out of range.
-        """
-        h, big = self.x_bank.info.size, self.y_bank.info.size
-        if big != self.scale * h:
-            raise ShapeError(
-                f"y_bank: expected patches of {self.scale * h} pixels, {self.scale} times the "
-                f"{h} of x_bank, got {big}; write one bank again, or swap them"
-            )
-        if step < 0 or self.batch_size < 1:
-            raise SettingsError(
-                f"step, batch_size: expected 0 or more and 1 or more, got {step} and "
-                f"{self.batch_size}"
-            )
-        if not 0 <= self.degraded_fraction <= 1:
-            raise SettingsError(f"degraded_fraction: expected 0 to 1, got {self.degraded_fraction}")
-        samples = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        before = self._degraded_before(samples)
-        degraded = self._places("degraded", self.y_bank, before)
-        degraded[self._degraded_before(samples + 1) == before] = -1
-        return Draw(
-            self._places("x", self.x_bank, samples - before),  # a clinical patch is not skipped
-            self._places("y", self.y_bank, samples),
-            self._poses("x", step),
-            self._poses("y", step),
-            degraded,
-        )
-
-    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Read the batch of a step; the same step always gives the same bits.
-
-        Parameters
-        ----------
-        step : int
-            0 or more.
-
-        Returns
-        -------
-        x : array of float32, shape (b, 1, h, w)
-            Clinical patches in [−1, 1].
-        y : array of float32, shape (b, 1, 8h, 8w)
-            µCT patches in [−1, 1].
-
-        Raises
-        ------
-        ShapeError, SettingsError
-            As `draw` does.
-        """
-        draw = self.draw(step)
-        x, y = self.x_bank.unit(draw.x), self.y_bank.unit(draw.y)
-        chosen = draw.degraded >= 0
-        if chosen.any():
-            n, size = np.count_nonzero(chosen), self.x_bank.info.size
-            blocks = self.y_bank.unit(draw.degraded[chosen])
-            x[chosen] = blocks.reshape(n, size, self.scale, size, self.scale).mean((2, 4))
-        for patches, poses in ((x, draw.x_pose), (y, draw.y_pose)):
-            for patch, pose in zip(patches, poses, strict=True):
-                turned = np.rot90(patch, pose % 4)
-                patch[...] = (turned[:, ::-1] if pose >= 4 else turned).copy()
-        return x[:, None], y[:, None]
-
-    def _degraded_before(self, samples: np.ndarray) -> np.ndarray:
-        """Count the degraded samples before each; the small term is for fractions such as 0.1."""
-        return np.floor(samples * self.degraded_fraction + 1e-6).astype(np.int64)
-
-    def _places(self, side: str, bank: PatchBank, ranks: np.ndarray) -> np.ndarray:
-        """Return the places in a bank of the samples with these ranks, pass after pass."""
-        n = len(bank.patches)
-        return np.array([_order(self.seed, side, int(r // n), n)[r % n] for r in ranks], np.int64)
-
-    def _poses(self, side: str, step: int) -> np.ndarray:
-        """Draw the poses of one domain."""
-        if not self.augment:
-            return np.zeros(self.batch_size, np.int64)
-        return seeded(self.seed, side, "pose", step).integers(0, 8, self.batch_size)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Precision', 'Result', 'choose_device', 'exact_arithmetic', 'make_fabric', 'on_first', 'mean_over',
-           'average_gradients', 'step_random', 'own_normal', 'PatchFeed']
+           'average_gradients', 'step_random', 'own_normal']
 
 # %% ../../nbs/4_training/02_distributed.ipynb #6dfbd97c
 import logging
@@ -15,13 +15,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
-import numpy as np
 import torch
-from ..data.windows import AIR_LEVEL, Window
 from torch import Tensor, nn
 
-from ..core import MMSRError, RangeError, ResourceError, SettingsError, seeded
-from ..data.patches import PatchBank, UnpairedBatches
+from ..core import MMSRError, ResourceError, SettingsError, seeded
 
 if TYPE_CHECKING:  # its import takes longer than that of all else together
     from lightning_fabric import Fabric
@@ -289,114 +286,3 @@ def own_normal(fabric: "Fabric", random: torch.Generator, shape: tuple[int, ...]
     whole = (fabric.world_size * shape[0], *shape[1:])
     drawn = torch.randn(whole, generator=random, device=fabric.device, dtype=torch.float32)
     return drawn[fabric.global_rank * shape[0] :][: shape[0]]
-
-# %% ../../nbs/4_training/02_distributed.ipynb #963fe53f
-class PatchFeed:
-    """Read batches of clinical and µCT patches straight onto a device (Sec. 2.2).
-
-    Parameters
-    ----------
-    batches : UnpairedBatches
-        What to read: banks, batch size, order, poses.
-    fabric : Fabric
-        Its device, and the part of each batch that is this process's.
-    share : float
-        Part of a GPU's free memory that both banks may take.
-
-    Raises
-    ------
-    SettingsError
-        If the batch cannot be dealt out evenly to the processes.
-    RangeError
-        If a bank holds NaN or infinite values.
-    """
-
-    def __init__(self, batches: UnpairedBatches, fabric: "Fabric", share: float = 0.5) -> None:
-        if batches.batch_size % fabric.world_size:
-            raise SettingsError(
-                f"batch_size: {batches.batch_size} cannot be dealt out evenly to "
-                f"{fabric.world_size} processes; take a multiple of {fabric.world_size}"
-            )
-        self.batches, self.device = batches, fabric.device
-        part = batches.batch_size // fabric.world_size
-        self.own = slice(fabric.global_rank * part, (fabric.global_rank + 1) * part)
-        banks = batches.x_bank, batches.y_bank
-        self.resident = self.device.type == "cuda" and (
-            sum(bank.patches.nbytes for bank in banks)
-            < share * torch.cuda.mem_get_info(self.device)[0]
-        )
-        place = self.device if self.resident else torch.device("cpu")
-        self._x, self._y = (_Store(bank, place) for bank in banks)
-
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Read this process's part of the batch of a step.
-
-        Parameters
-        ----------
-        step : int
-            0 or more.
-
-        Returns
-        -------
-        x : Tensor of float32, shape (b, 1, h, w)
-            Clinical patches in [−1, 1], or shrunken µCT patches in their place (R15).
-        y : Tensor of float32, shape (b, 1, 8h, 8w)
-            µCT patches in [−1, 1].
-        """
-        draw, own, scale = self.batches.draw(step), self.own, self.batches.scale
-        x, y = self._x.unit(draw.x[own]), self._y.unit(draw.y[own])
-        if len(chosen := np.flatnonzero(draw.degraded[own] >= 0)):
-            blocks = self._y.unit(draw.degraded[own][chosen])
-            places = torch.from_numpy(chosen).to(x.device, non_blocking=True)
-            x.index_copy_(0, places, nn.functional.avg_pool2d(blocks[:, None], scale)[:, 0])
-        x, y = self._x.turn(x, draw.x_pose[own]), self._y.turn(y, draw.y_pose[own])
-        return x[:, None].to(self.device), y[:, None].to(self.device)
-
-
-class _Store:
-    """The patches of a bank as a tensor, with the grey window of each."""
-
-    def __init__(self, bank: PatchBank, device: torch.device) -> None:
-        raw = bank.patches
-        if not raw.dtype.isnative:  # torch knows one order of bytes
-            raw = raw.astype(raw.dtype.newbyteorder("="))
-        if raw.dtype.kind == "f" and not all(np.isfinite(patch).all() for patch in raw):
-            raise RangeError(
-                f"{bank.info.modality} bank: holds values that are not finite; write it again"
-            )
-        with warnings.catch_warnings():  # a memory-mapped file is read-only, and is only read
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            tensor = torch.from_numpy(raw)
-        self.unsigned = tensor.dtype == torch.uint16  # which torch cannot index
-        self.raw = (tensor.view(torch.int16) if self.unsigned else tensor).to(device)
-        windows = [Window.from_dict(case.window) for case in bank.info.cases]
-        of_patch = torch.from_numpy(bank.positions[:, 0].astype("int64"))
-        air, gain = (
-            torch.tensor([getattr(window, name) for window in windows], dtype=torch.float32)
-            for name in ("air", "gain")
-        )
-        self.air, self.gain = air[of_patch].to(device), gain[of_patch].to(device)
-        size = raw.shape[-1]
-        grid = torch.arange(size * size).view(size, size)
-        turned = [torch.rot90(grid, pose % 4) for pose in range(8)]
-        poses = [t.flip(1) if pose >= 4 else t for pose, t in enumerate(turned)]
-        self.poses = torch.stack([pose.flatten() for pose in poses]).to(device)
-
-    def unit(self, places: np.ndarray) -> Tensor:
-        """Return patches in [−1, 1], to the bit as `PatchBank.unit` does."""
-        chosen = torch.from_numpy(places).to(self.raw.device, non_blocking=True)
-        patches = self.raw[chosen]
-        if self.unsigned:
-            patches = patches.to(torch.int32) & 0xFFFF
-        unit = patches.to(torch.float32)
-        unit -= self.air[chosen, None, None]
-        unit *= self.gain[chosen, None, None]
-        unit += AIR_LEVEL
-        return unit.clamp_(-1, 1)
-
-    def turn(self, patches: Tensor, poses: np.ndarray) -> Tensor:
-        """Turn and mirror each patch as `Draw` says."""
-        if not poses.any():
-            return patches
-        chosen = torch.from_numpy(poses).to(patches.device, non_blocking=True)
-        return patches.flatten(1).gather(1, self.poses[chosen]).view_as(patches)

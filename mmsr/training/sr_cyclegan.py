@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import pydantic
 import torch
 import torch.nn.functional as F
+from ..data.batches import PatchFeed, UnpairedBatches
 from torch import Tensor, nn
 from torch.optim import Adam
 
 from ..core import SettingsError, seeded
-from ..data.patches import PatchBank, UnpairedBatches
+from ..data.patches import PatchBank
 from ..losses.gan import lsgan_discriminator_loss, lsgan_generator_loss, reconstruction_loss
 from ..losses.mmsr import MMSRSettings, enlarge, identity_loss, mmsr_loss, mmsr_terms
 from mmsr.networks.discriminators import (
@@ -39,7 +40,7 @@ from mmsr.networks.generators import (
     build_g2,
 )
 from ..networks.weights import G1Network
-from .distributed import PatchFeed, make_fabric, own_normal, step_random
+from .distributed import make_fabric, own_normal, step_random
 from mmsr.training.run import (
     VITAL_SIGNS,
     Baseline,

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pydantic
 import torch
+from ..data.batches import PatchFeed, UnpairedBatches
 from torch import Tensor
 from torch.optim import Adam
 
 from ..core import seeded
-from ..data.patches import PatchBank, UnpairedBatches
+from ..data.patches import PatchBank
 from mmsr.losses.gan import (
     latent_loss,
     lsgan_discriminator_loss,
@@ -39,7 +40,7 @@ from mmsr.networks.unit import (
     build_unit,
 )
 from ..networks.weights import G1Network
-from .distributed import PatchFeed, make_fabric, own_normal, step_random
+from .distributed import make_fabric, own_normal, step_random
 from mmsr.training.run import (
     VITAL_SIGNS,
     Baseline,

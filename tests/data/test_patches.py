@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mmsr.data.windows import CLINICAL_WINDOW, Window
+from mmsr.data.batches import UnpairedBatches
 
 from mmsr.core import (
     FileError,
@@ -25,15 +25,9 @@ from mmsr.core import (
     seeded,
 )
 from mmsr.data.masks import lung_mask
-from mmsr.data.patches import (
-    PatchCase,
-    UnpairedBatches,
-    open_bank,
-    sample_positions,
-    split_cases,
-    write_bank,
-)
+from mmsr.data.patches import PatchCase, open_bank, sample_positions, split_cases, write_bank
 from mmsr.data.volume import Volume, resample_in_plane
+from mmsr.data.windows import CLINICAL_WINDOW, Window
 
 REAL = Path(os.environ.get("MMSR_REAL_DATA") or "/nowhere")
 needs_real = pytest.mark.skipif(
