@@ -21,7 +21,7 @@ import numpy as np
 import pydantic
 import torch
 import yaml
-from ..data.windows import CLINICAL_WINDOW
+from ..training.settings import Baseline, Preset
 
 import mmsr
 from mmsr.app.prepare import (
@@ -45,13 +45,14 @@ from mmsr.core import (
 from ..data.masks import lung_mask
 from ..data.patches import PatchBank, open_bank
 from ..data.volume import enlarge_nearest, sr_geometry
+from ..data.windows import CLINICAL_WINDOW
 from ..evaluation.metrics import SliceMeasures, measure_slice
 from ..inference.super_resolve import enlarge_bicubic
 from ..losses.mmsr import MMSRTerms
 from ..networks.discriminators import PatchDiscriminator
 from ..scans.read import read_volume
 from ..training.distributed import Precision, make_fabric, on_first
-from ..training.run import Baseline, Preset, TrainedRun, check_sizes, diagnose
+from ..training.run import TrainedRun, check_sizes, diagnose
 from ..training.run_folder import RunFolder, read_history
 from ..training.sr_cyclegan import SRCycleGANSettings, cyclegan_settings, train_sr_cyclegan
 from ..training.sr_unit import SRUNITSettings, train_sr_unit, unit_settings

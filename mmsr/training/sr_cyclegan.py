@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import pydantic
 import torch
 import torch.nn.functional as F
-from ..data.batches import PatchFeed, UnpairedBatches
+from .settings import Baseline, LoopSettings, Preset, preset_settings
 from torch import Tensor, nn
 from torch.optim import Adam
 
 from ..core import SettingsError, seeded
+from ..data.batches import PatchFeed, UnpairedBatches
 from ..data.patches import PatchBank
 from ..losses.gan import lsgan_discriminator_loss, lsgan_generator_loss, reconstruction_loss
 from ..losses.mmsr import MMSRSettings, enlarge, identity_loss, mmsr_loss, mmsr_terms
@@ -43,10 +44,7 @@ from ..networks.weights import G1Network
 from .distributed import make_fabric, own_normal, step_random
 from mmsr.training.run import (
     VITAL_SIGNS,
-    Baseline,
     ImagePool,
-    LoopSettings,
-    Preset,
     RunKeeper,
     TrainedRun,
     averaged_copy,
@@ -61,7 +59,6 @@ from mmsr.training.run import (
     hu_per_unit,
     learning_rate_factor,
     place_network,
-    preset_settings,
     record_of,
     set_learning_rate,
     settle_gradients,

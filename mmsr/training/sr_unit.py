@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pydantic
 import torch
-from ..data.batches import PatchFeed, UnpairedBatches
+from .settings import Baseline, LoopSettings, Preset, preset_settings
 from torch import Tensor
 from torch.optim import Adam
 
 from ..core import seeded
+from ..data.batches import PatchFeed, UnpairedBatches
 from ..data.patches import PatchBank
 from mmsr.losses.gan import (
     latent_loss,
@@ -43,9 +44,6 @@ from ..networks.weights import G1Network
 from .distributed import make_fabric, own_normal, step_random
 from mmsr.training.run import (
     VITAL_SIGNS,
-    Baseline,
-    LoopSettings,
-    Preset,
     RunKeeper,
     TrainedRun,
     averaged_copy,
@@ -60,7 +58,6 @@ from mmsr.training.run import (
     halving_factor,
     hu_per_unit,
     place_network,
-    preset_settings,
     record_of,
     set_learning_rate,
     settle_gradients,

@@ -22,14 +22,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mmsr.data.windows import Window
+from mmsr.training.settings import LoopSettings
 
 from mmsr.app.cli import run as training
 from mmsr.core import FileError, ResourceError, SettingsError, ShapeError, read_json, seeded
 from mmsr.data.patches import PatchBank, PatchCase, open_bank, write_bank
+from mmsr.data.windows import Window
 from mmsr.networks.weights import load_generator
 from mmsr.training import sr_cyclegan, sr_unit
-from mmsr.training.run import DivergenceError, LoopSettings, TrainedRun
+from mmsr.training.run import DivergenceError, TrainedRun
 from mmsr.training.run_folder import (
     CHECKPOINT_FORMAT,
     History,
