@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import pydantic
 import torch
 import torch.nn.functional as F
-from .settings import Baseline, LoopSettings, Preset, preset_settings
+from mmsr.training.steps import (
+    ImagePool,
+    averaged_copy,
+    enlarge_input,
+    enlarging,
+    frozen,
+    halves,
+    learning_rate_factor,
+    set_learning_rate,
+    settle_gradients,
+    update_average,
+)
 from torch import Tensor, nn
 from torch.optim import Adam
 
@@ -44,28 +55,19 @@ from ..networks.weights import G1Network
 from .distributed import make_fabric, own_normal, step_random
 from mmsr.training.run import (
     VITAL_SIGNS,
-    ImagePool,
     RunKeeper,
     TrainedRun,
-    averaged_copy,
     busy_patches,
     check_banks,
     check_sizes,
     describe_banks,
-    enlarge_input,
-    enlarging,
-    frozen,
-    halves,
     hu_per_unit,
-    learning_rate_factor,
     place_network,
     record_of,
-    set_learning_rate,
-    settle_gradients,
     strip_rows,
-    update_average,
     vital_signs,
 )
+from .settings import Baseline, LoopSettings, Preset, preset_settings
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pydantic
 import torch
-from .settings import Baseline, LoopSettings, Preset, preset_settings
+from mmsr.training.steps import (
+    averaged_copy,
+    enlarge_input,
+    enlarging,
+    frozen,
+    halves,
+    halving_factor,
+    set_learning_rate,
+    settle_gradients,
+    update_average,
+)
 from torch import Tensor
 from torch.optim import Adam
 
@@ -46,25 +56,17 @@ from mmsr.training.run import (
     VITAL_SIGNS,
     RunKeeper,
     TrainedRun,
-    averaged_copy,
     busy_patches,
     check_banks,
     check_sizes,
     describe_banks,
-    enlarge_input,
-    enlarging,
-    frozen,
-    halves,
-    halving_factor,
     hu_per_unit,
     place_network,
     record_of,
-    set_learning_rate,
-    settle_gradients,
     strip_rows,
-    update_average,
     vital_signs,
 )
+from .settings import Baseline, LoopSettings, Preset, preset_settings
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
