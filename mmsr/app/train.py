@@ -21,7 +21,7 @@ import numpy as np
 import pydantic
 import torch
 import yaml
-from ..training.settings import Baseline, Preset
+from ..training.health import diagnose
 
 import mmsr
 from mmsr.app.prepare import (
@@ -52,8 +52,9 @@ from ..losses.mmsr import MMSRTerms
 from ..networks.discriminators import PatchDiscriminator
 from ..scans.read import read_volume
 from ..training.distributed import Precision, make_fabric, on_first
-from ..training.run import TrainedRun, check_sizes, diagnose
+from ..training.run import TrainedRun, check_sizes
 from ..training.run_folder import RunFolder, read_history
+from ..training.settings import Baseline, Preset
 from ..training.sr_cyclegan import SRCycleGANSettings, cyclegan_settings, train_sr_cyclegan
 from ..training.sr_unit import SRUNITSettings, train_sr_unit, unit_settings
 

@@ -13,17 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pydantic
 import torch
-from mmsr.training.steps import (
-    averaged_copy,
-    enlarge_input,
-    enlarging,
-    frozen,
-    halves,
-    halving_factor,
-    set_learning_rate,
-    settle_gradients,
-    update_average,
-)
+from .health import VITAL_SIGNS, busy_patches, hu_per_unit, strip_rows, vital_signs
 from torch import Tensor
 from torch.optim import Adam
 
@@ -53,20 +43,26 @@ from mmsr.networks.unit import (
 from ..networks.weights import G1Network
 from .distributed import make_fabric, own_normal, step_random
 from mmsr.training.run import (
-    VITAL_SIGNS,
     RunKeeper,
     TrainedRun,
-    busy_patches,
     check_banks,
     check_sizes,
     describe_banks,
-    hu_per_unit,
     place_network,
     record_of,
-    strip_rows,
-    vital_signs,
 )
 from .settings import Baseline, LoopSettings, Preset, preset_settings
+from mmsr.training.steps import (
+    averaged_copy,
+    enlarge_input,
+    enlarging,
+    frozen,
+    halves,
+    halving_factor,
+    set_learning_rate,
+    settle_gradients,
+    update_average,
+)
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
