@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from .memory import AT_ONCE
 
 from .. import __version__
 from ..core import FileError, ResourceError, SettingsError, fingerprint, progress_bar
@@ -27,7 +28,6 @@ from mmsr.inference.super_resolve import (
     sr_volume,
     super_resolve_slices,
 )
-from .tiling import AT_ONCE
 from ..networks.weights import G1Network, GeneratorRecord
 from ..scans.resumable_output import Output, is_finished, open_export, placeholder, unfinished
 from ..scans.write import disk_needed, free_space

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple, Self, TypeVar
 import numpy as np
 import pydantic
 import torch
-from ..data.windows import AIR_LEVEL, Window
+from .memory import AT_ONCE, choose_batch, choose_tile, memory_needed
 from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,7 +33,8 @@ from mmsr.core import (
     progress_bar,
 )
 from ..data.volume import Volume, sr_geometry
-from .tiling import AT_ONCE, choose_batch, choose_tile, memory_needed, sr_slice
+from ..data.windows import AIR_LEVEL, Window
+from .tiling import sr_slice
 from ..networks.weights import G1Network, GeneratorRecord
 from ..scans.resumable_output import QUEUE
 from ..training.distributed import exact_arithmetic

@@ -9,12 +9,13 @@ from importlib.resources import files
 
 import pytest
 import torch
+from mmsr.inference.memory import choose_batch, choose_tile, memory_needed
 from peak import PEAK_BYTES
 
 from mmsr.core import MMSRError, RangeError
 from mmsr.inference import lazy_layers as lazy_maps
 from mmsr.inference import tiling
-from mmsr.inference.tiling import choose_batch, choose_tile, memory_needed, sr_slice, sr_tiles
+from mmsr.inference.tiling import sr_slice, sr_tiles
 from mmsr.networks.generators import G1Settings, ReferenceSettings
 from mmsr.networks.unit import UNITSettings
 from mmsr.networks.weights import build_generator, load_generator
