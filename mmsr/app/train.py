@@ -21,10 +21,7 @@ import numpy as np
 import pydantic
 import torch
 import yaml
-from ..training.health import diagnose
-
-import mmsr
-from mmsr.app.prepare import (
+from mmsr.scans.cases import (
     Case,
     NonEmpty,
     PrepareSettings,
@@ -32,6 +29,8 @@ from mmsr.app.prepare import (
     prepared_cases,
     read_prepared,
 )
+
+import mmsr
 from .run_notebook import make_folder
 from mmsr.core import (
     FileError,
@@ -52,6 +51,7 @@ from ..losses.mmsr import MMSRTerms
 from ..networks.discriminators import PatchDiscriminator
 from ..scans.read import read_volume
 from ..training.distributed import Precision, make_fabric, on_first
+from ..training.health import diagnose
 from ..training.run import TrainedRun, check_sizes
 from ..training.run_folder import RunFolder, read_history
 from ..training.settings import Baseline, Preset

@@ -19,15 +19,15 @@ import nbformat
 import numpy as np
 import pytest
 import yaml
-
-from mmsr.app import cli
-from mmsr.app.prepare import (
+from mmsr.scans.cases import (
     PrepareSettings,
     clinical_cases,
     open_case,
     prepared_cases,
     read_prepared,
 )
+
+from mmsr.app import cli
 from mmsr.app.run_notebook import run_experiment
 from mmsr.app.train import (
     Model,
