@@ -7,7 +7,8 @@ its evaluation (held-out phantom cases, bicubic beside it) in the record.
 import sys
 from pathlib import Path
 
-from mmsr.app.train import find_weights
+from mmsr.evaluation.protocols import find_weights
+
 from mmsr.core import read_json
 from mmsr.networks.weights import load_generator, save_generator
 

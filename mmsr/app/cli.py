@@ -137,7 +137,8 @@ def super_resolve(
     A job that was stopped goes on when the same command is given again; one that is finished is
     said to be. A picture that cannot be written is no failure of the job.
     """
-    from mmsr.app.train import find_weights
+    from mmsr.evaluation.protocols import find_weights
+
     from mmsr.data.masks import lung_mask
     from mmsr.evaluation.figures import overview
     from mmsr.inference.scan_job import (

@@ -19,6 +19,15 @@ import nbformat
 import numpy as np
 import pytest
 import yaml
+from mmsr.evaluation.protocols import Model, columns_of, measure_case
+
+from mmsr.app import cli
+from mmsr.app.run_notebook import run_experiment
+from mmsr.app.train import TrainSettings, check_plan, launch_training, method_settings, run_training
+from mmsr.core import FileError, MMSRError, ResourceError, SettingsError, ShapeError, read_json
+from mmsr.data.patches import open_bank, split_cases
+from mmsr.inference.super_resolve import enlarge_bicubic
+from mmsr.networks.weights import load_generator
 from mmsr.scans.cases import (
     PrepareSettings,
     clinical_cases,
@@ -26,23 +35,6 @@ from mmsr.scans.cases import (
     prepared_cases,
     read_prepared,
 )
-
-from mmsr.app import cli
-from mmsr.app.run_notebook import run_experiment
-from mmsr.app.train import (
-    Model,
-    TrainSettings,
-    check_plan,
-    columns_of,
-    launch_training,
-    measure_case,
-    method_settings,
-    run_training,
-)
-from mmsr.core import FileError, MMSRError, ResourceError, SettingsError, ShapeError, read_json
-from mmsr.data.patches import open_bank, split_cases
-from mmsr.inference.super_resolve import enlarge_bicubic
-from mmsr.networks.weights import load_generator
 from mmsr.scans.read import read_volume
 from mmsr.training.run_folder import read_history
 
