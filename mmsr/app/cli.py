@@ -137,10 +137,9 @@ def super_resolve(
     A job that was stopped goes on when the same command is given again; one that is finished is
     said to be. A picture that cannot be written is no failure of the job.
     """
-    from mmsr.evaluation.protocols import find_weights
-
     from mmsr.data.masks import lung_mask
     from mmsr.evaluation.figures import overview
+    from mmsr.evaluation.protocols import find_weights
     from mmsr.inference.scan_job import (
         ScanTargets,
         plan_job,
@@ -406,7 +405,7 @@ def plan(
     """Carry out a plan: prepare, train, super-resolve, evaluate; only what is not up to date."""
     if not file.is_file():
         raise FileError(f"{file}: no such plan; see workflow/plans for examples")
-    from mmsr.app.train import check_plan
+    from mmsr.app.plan import check_plan
 
     try:
         check_plan(yaml.safe_load(file.read_text(encoding="utf8")), out)
