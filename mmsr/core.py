@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESEARCH_ONLY', 'MMSRError', 'ShapeError', 'RangeError', 'GeometryError', 'FileError', 'SettingsError',
-           'ResourceError', 'seeded', 'atomic_write', 'write_json', 'read_json', 'fingerprint', 'Settings',
+           'ResourceError', 'refusal', 'seeded', 'atomic_write', 'write_json', 'read_json', 'fingerprint', 'Settings',
            'environment', 'available_memory', 'progress_bar', 'show_patches', 'add_scale_bar']
 
 # %% ../nbs/00_core.ipynb #2e70cbc5
@@ -16,7 +16,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -55,6 +55,17 @@ class SettingsError(MMSRError):
 
 class ResourceError(MMSRError):
     """Memory, disk or a device does not suffice."""
+
+
+def refusal(call: Callable[..., Any], *args: Any, **settings: Any) -> str:
+    """Return the line with which a call refuses; fail if it does not, or says more than a line."""
+    try:
+        call(*args, **settings)
+    except MMSRError as e:
+        message = str(e)
+        assert "\n" not in message, message
+        return f"{type(e).__name__}: {message}"
+    raise AssertionError("nothing was refused")
 
 # %% ../nbs/00_core.ipynb #c981d866
 def seeded(seed: int, *path: int | str) -> np.random.Generator:

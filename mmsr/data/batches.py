@@ -6,10 +6,13 @@
 __all__ = ['Draw', 'UnpairedBatches', 'PatchFeed']
 
 # %% ../../nbs/1_data/07_batches.ipynb #b5f5d471
+import warnings
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 from mmsr.core import (
     RangeError,
@@ -19,6 +22,9 @@ from mmsr.core import (
 )
 from .patches import PatchBank
 from .windows import AIR_LEVEL, Window
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 # %% ../../nbs/1_data/07_batches.ipynb #83c5bc43
 class Draw(NamedTuple):

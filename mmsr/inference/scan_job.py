@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from .memory import AT_ONCE
 
 from .. import __version__
 from ..core import FileError, ResourceError, SettingsError, fingerprint, progress_bar
 from ..data.volume import Volume, sr_geometry
+from .memory import AT_ONCE
 from mmsr.inference.super_resolve import (
     SROptions,
     SRSlice,

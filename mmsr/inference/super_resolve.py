@@ -17,7 +17,6 @@ from typing import Literal, NamedTuple, Self, TypeVar
 import numpy as np
 import pydantic
 import torch
-from .memory import AT_ONCE, choose_batch, choose_tile, memory_needed
 from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,6 +33,7 @@ from mmsr.core import (
 )
 from ..data.volume import Volume, sr_geometry
 from ..data.windows import AIR_LEVEL, Window
+from .memory import AT_ONCE, choose_batch, choose_tile, memory_needed
 from .tiling import sr_slice
 from ..networks.weights import G1Network, GeneratorRecord
 from ..scans.resumable_output import QUEUE

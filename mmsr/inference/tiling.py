@@ -9,7 +9,6 @@ __all__ = ['LEAST', 'sr_tiles', 'sr_slice']
 from collections.abc import Iterator
 
 import torch
-from .memory import choose_tile
 from torch import Tensor
 
 from ..core import SettingsError, ShapeError
@@ -30,6 +29,7 @@ from mmsr.inference.lazy_layers import (
     steps_of,
     walk,
 )
+from .memory import choose_tile
 from ..networks.generators import G1Settings, ReferenceGenerator, SRGenerator, add_inside_tanh
 from ..networks.layers import check_image
 from ..networks.weights import G1Network

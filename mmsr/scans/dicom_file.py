@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from .slices import MODALITIES, Block, HeldFile, Request, doubt
 
 from ..core import RESEARCH_ONLY, FileError, GeometryError, MMSRError, RangeError
+from .slices import MODALITIES, Block, HeldFile, Request, doubt
 
 # %% ../../nbs/5_scans/02_dicom_file.ipynb #dd6a06eb
 _UIDS = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from .slices import Block, Request, Stack, check_spacing, given_voxel
 
 from ..core import RESEARCH_ONLY, FileError, GeometryError, SettingsError
 from ..data.volume import DicomSource, Grid
@@ -29,6 +28,7 @@ from mmsr.scans.dicom_file import (
     same_pixels,
 )
 from .regular_grid import ROUNDED_MM, SAME_MM, Steps, measure_steps, straighten
+from .slices import Block, Request, Stack, check_spacing, given_voxel
 
 # %% ../../nbs/5_scans/04_dicom_series.ipynb #825afa77
 def _sorted(

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from .slices import Request, Stack
 
 from mmsr.core import (
     RESEARCH_ONLY,
@@ -24,6 +23,7 @@ from mmsr.core import (
     ShapeError,
     available_memory,
 )
+from .slices import Request, Stack
 from .tiff_stack import LENGTHS_MM
 from .volume_files import stack_of
 from .volume_headers import Header

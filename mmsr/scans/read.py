@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from .slices import IN_PLANE_MM, Request, Stack, volume_of, voxel_size
 
 from mmsr.core import (
     FileError,
@@ -30,6 +29,7 @@ from ..data.volume import Volume, slice_range
 from .dicom_file import is_dicom, read_slices
 from .dicom_series import open_dicom
 from .ome_zarr import is_zarr, open_zarr, read_zarr
+from .slices import IN_PLANE_MM, Request, Stack, volume_of, voxel_size
 from .tiff_stack import open_tiff, read_tiff
 from .volume_files import open_scan_file
 from .volume_headers import read_header

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from .slices import Request, Stack, Tally
 
 from ..core import FileError, MMSRError
 from ..data.volume import Grid
 from .dicom_file import DicomSlice
 from .dicom_series import DicomFacts, dicom_facts, scan_series
 from .read import Found, find_scan, open_stack, read_heads, request
+from .slices import Request, Stack, Tally
 from .volume_headers import Header
 
 # %% ../../nbs/5_scans/13_scan_summary.ipynb #1de3fa7a

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from .slices import Block, HeldFile, Request, Stack, check_spacing, doubt, given_voxel
 
 from ..core import FileError, GeometryError, ShapeError
 from ..data.volume import Grid
+from .slices import Block, HeldFile, Request, Stack, check_spacing, doubt, given_voxel
 
 # %% ../../nbs/5_scans/07_tiff_stack.ipynb #c2d1da86
 LENGTHS_MM = {

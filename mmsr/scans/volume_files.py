@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from .slices import Block, HeldFile, Request, Stack, check_spacing, doubt, given_voxel
 
 from ..core import FileError, GeometryError, RangeError, ResourceError
 from ..data.volume import Grid
 from .regular_grid import straighten
+from .slices import Block, HeldFile, Request, Stack, check_spacing, doubt, given_voxel
 from .volume_headers import Header, unpack
 
 # %% ../../nbs/5_scans/06_volume_files.ipynb #bab0b58f

@@ -64,7 +64,6 @@ from mmsr.training.health import (
     diagnose,
     strip_picture,
 )
-
 from .settings import HealthSettings, LoopSettings
 from .steps import Network
 

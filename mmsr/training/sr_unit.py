@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pydantic
 import torch
-from .health import VITAL_SIGNS, busy_patches, hu_per_unit, strip_rows, vital_signs
 from torch import Tensor
 from torch.optim import Adam
 
@@ -42,6 +41,7 @@ from mmsr.networks.unit import (
 )
 from ..networks.weights import G1Network
 from .distributed import make_fabric, own_normal, step_random
+from .health import VITAL_SIGNS, busy_patches, hu_per_unit, strip_rows, vital_signs
 from mmsr.training.run import (
     RunKeeper,
     TrainedRun,
