@@ -142,9 +142,9 @@ def super_resolve(
     from mmsr.evaluation.protocols import find_weights
     from mmsr.inference.scan_job import (
         ScanTargets,
+        format_bytes,
         plan_job,
         scan_is_finished,
-        spoken_size,
         super_resolve_scan,
     )
     from mmsr.inference.super_resolve import SROptions, SRSlice
@@ -187,7 +187,7 @@ def super_resolve(
         need = MASK_BYTES * volume.array.size
         if need > available_memory():
             raise ResourceError(
-                f"{scan}: its lung mask needs {spoken_size(need)} of memory, more than there is; "
+                f"{scan}: its lung mask needs {format_bytes(need)} of memory, more than there is; "
                 "give a --mask, or some --slices at a time"
             )
         inside = lung_mask(volume._replace(array=np.asarray(volume.array)))

@@ -33,7 +33,7 @@ from mmsr.scans.cases import (
     PrepareSettings,
     read_prepared,
 )
-from ..training.distributed import Precision, make_fabric, on_first
+from ..training.distributed import Precision, make_fabric, on_rank_zero
 from ..training.health import diagnose
 from ..training.run import TrainedRun
 from ..training.run_folder import RunFolder, read_history
@@ -180,7 +180,7 @@ def run_training(chosen: TrainSettings) -> TrainedRun:
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
     fabric = make_fabric(chosen.device, chosen.devices, chosen.precision)
-    on_first(fabric, lambda: [open_bank(folder, verify=True).info for folder in folders])
+    on_rank_zero(fabric, lambda: [open_bank(folder, verify=True).info for folder in folders])
     x_bank, y_bank = (open_bank(folder) for folder in folders)
     return train_system(
         settings,

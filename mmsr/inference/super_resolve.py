@@ -33,11 +33,11 @@ from mmsr.core import (
 )
 from ..data.volume import Volume, sr_geometry
 from ..data.windows import AIR_LEVEL, Window
-from .memory import AT_ONCE, choose_batch, choose_tile, memory_needed
+from .memory import BATCHES_IN_FLIGHT, choose_batch, choose_tile, memory_needed
 from .tiling import sr_slice
-from ..networks.weights import G1Network, GeneratorRecord
+from ..networks.weights import G1Network, ModelCard
 from ..scans.resumable_output import QUEUE
-from ..training.distributed import exact_arithmetic
+from ..training.distributed import deterministic_fp32
 
 # %% ../../nbs/6_inference/04_super_resolve.ipynb #711cf6cb
 def enlarge_bicubic(lr: np.ndarray, scale: int = 8, *, keep_means: bool = False) -> np.ndarray:
@@ -145,7 +145,7 @@ class SROptions(Settings):
 
         Parameters
         ----------
-        g1 : SRGenerator, ReferenceGenerator or UNITGenerator
+        g1 : SRGenerator, ResnetGenerator or UNITGenerator
             The generator.
         shape : sequence of int
             Of the scan, or height and width of a clinical slice.
@@ -190,7 +190,7 @@ class SRSlice(NamedTuple):
     limited: int
 
 
-class _Painter(NamedTuple):
+class _SliceModel(NamedTuple):
     """What is the same for all slices of a scan."""
 
     g1: G1Network
@@ -256,7 +256,7 @@ def _to_host(made: Tensor) -> np.ndarray:
 
 
 def _finish(
-    painter: _Painter, places: Sequence[int], hu: Tensor, weight: Tensor | None
+    painter: _SliceModel, places: Sequence[int], hu: Tensor, weight: Tensor | None
 ) -> list[SRSlice]:
     """Super-resolve some slices, round them to HU and bring them back from the device."""
     window, low, high = painter.window, -32768, 32767
@@ -294,9 +294,7 @@ def _ahead(
             yield waiting.popleft().result()
 
 
-def check_scan(
-    volume: Volume, g1: G1Network, record: GeneratorRecord, mask: np.ndarray | None
-) -> None:
+def check_scan(volume: Volume, g1: G1Network, record: ModelCard, mask: np.ndarray | None) -> None:
     """Refuse a scan, a mask and a generator that do not go together.
 
     Parameters
@@ -330,7 +328,7 @@ def super_resolve_slices(
     volume: Volume,
     places: Sequence[int],
     g1: G1Network,
-    record: GeneratorRecord,
+    record: ModelCard,
     options: SROptions,
     mask: np.ndarray | None = None,
 ) -> Iterator[SRSlice]:
@@ -342,9 +340,9 @@ def super_resolve_slices(
         Clinical CT in HU; its slices are read as they are needed.
     places : sequence of int
         Which slices, in the order wanted.
-    g1 : SRGenerator, ReferenceGenerator or UNITGenerator
+    g1 : SRGenerator, ResnetGenerator or UNITGenerator
         The generator; it is moved to the device and set to evaluation.
-    record : GeneratorRecord
+    record : ModelCard
         Its record, which holds the intensity window.
     options : SROptions
         How.
@@ -371,7 +369,7 @@ def super_resolve_slices(
     options = options.resolved(g1, shape)
     size = options.batch
     assert isinstance(size, int)
-    painter = _Painter(g1, Window.from_dict(record.clinical_window), options)
+    painter = _SliceModel(g1, Window.from_dict(record.clinical_window), options)
 
     def load(chosen: Sequence[int]) -> _Batch:
         hu = np.stack([np.asarray(volume.array[z], np.float32) for z in chosen])
@@ -410,8 +408,8 @@ def super_resolve_slices(
         for batch in batches:
             yield from paint(load(batch))
     else:  # read, draw noise, super-resolve, fetch and hand out at the same time
-        with exact_arithmetic():
-            for made in _ahead(paint, _ahead(load, batches), AT_ONCE):
+        with deterministic_fp32():
+            for made in _ahead(paint, _ahead(load, batches), BATCHES_IN_FLIGHT):
                 yield from made
 
 
@@ -472,7 +470,7 @@ def sr_volume(volume: Volume, array: np.ndarray, scale: int) -> Volume:
 def super_resolve(
     volume: Volume,
     g1: G1Network,
-    record: GeneratorRecord,
+    record: ModelCard,
     options: SROptions | None = None,
     *,
     mask: np.ndarray | None = None,
@@ -543,8 +541,10 @@ def _memory_of(g1: G1Network, shape: Sequence[int], options: SROptions, in_memor
     if in_memory:
         result = slices * (2 * arrays * fine + 4 * height * width)
     if torch.device(options.device).type != "cpu":  # batches that wait, and the noise of two
-        waiting = 2 * arrays * fine * (AT_ONCE + 1)
-        return result + batch * (waiting + AT_ONCE * 4 * g1.noise_channels * height * width)
+        waiting = 2 * arrays * fine * (BATCHES_IN_FLIGHT + 1)
+        return result + batch * (
+            waiting + BATCHES_IN_FLIGHT * 4 * g1.noise_channels * height * width
+        )
     network = memory_needed(g1, (height, width), tile=tile, batch=batch)
     # on the way to whole HU: an enlargement, a sum; with the spread, mean and squares too
     return result + network + (6 if options.uncertainty else 2) * 4 * fine * batch
@@ -557,7 +557,7 @@ def check_memory(
 
     Parameters
     ----------
-    g1 : SRGenerator, ReferenceGenerator or UNITGenerator
+    g1 : SRGenerator, ResnetGenerator or UNITGenerator
         The generator.
     shape : sequence of int
         Slices, height and width of the clinical volume.

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Norm', 'InstanceNorm', 'ChannelNorm', 'make_norm', 'mirror', 'Convolution', 'convolution', 'check_image', 'PReLU',
            'ResidualBlock', 'shuffle', 'UpBlock', 'UpConvolution', 'DownBlock', 'fold_kernel', 'FoldedConvolution',
-           'icnr_', 'interpolating_', 'initialise', 'lay_out']
+           'icnr_', 'interpolating_', 'initialise', 'to_channels_last']
 
 # %% ../../nbs/2_networks/01_layers.ipynb #4d653225
 import math
@@ -489,7 +489,7 @@ def initialise(net: nn.Module, *, norm: Norm, generator: torch.Generator) -> Non
                 block.branch[4].get_parameter("weight").mul_(len(blocks) ** -0.5)
 
 
-def lay_out(net: nn.Module, norm: Norm) -> None:
+def to_channels_last(net: nn.Module, norm: Norm) -> None:
     """Lay the weights out as b h w c, unless InstanceNorm would turn every map around again.
 
     Parameters

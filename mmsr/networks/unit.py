@@ -24,8 +24,8 @@ from mmsr.networks.layers import (
     check_image,
     convolution,
     initialise,
-    lay_out,
     make_norm,
+    to_channels_last,
 )
 
 # %% ../../nbs/2_networks/04_unit.ipynb #8b4d538e
@@ -225,7 +225,7 @@ def build_unit(settings: UNITSettings, generator: torch.Generator | None = None)
             if isinstance(net, Decoder):  # start within the linear part of tanh
                 weight = net.last.get_parameter("weight")
                 weight.normal_(0, 0.1 * weight[0].numel() ** -0.5, generator=generator)
-        lay_out(net, settings.norm)
+        to_channels_last(net, settings.norm)
     return networks
 
 # %% ../../nbs/2_networks/04_unit.ipynb #10a092b5

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from ..core import RESEARCH_ONLY, FileError, GeometryError, MMSRError, RangeError
-from .slices import MODALITIES, Block, HeldFile, Request, doubt
+from .slices import MODALITIES, Block, ReadOptions, SharedFile, refuse_unless_forced
 
 # %% ../../nbs/5_scans/02_dicom_file.ipynb #dd6a06eb
 _UIDS = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")
@@ -105,7 +105,7 @@ def is_dicom(path: Path) -> bool:
         return f.read(132)[128:] == b"DICM"
 
 
-def hold_file(path: Path) -> HeldFile:
+def hold_file(path: Path) -> SharedFile:
     """Open a file; one that is deflated as a whole is unpacked first, up to a limit.
 
     Parameters
@@ -114,7 +114,7 @@ def hold_file(path: Path) -> HeldFile:
 
     Returns
     -------
-    HeldFile
+    SharedFile
 
     Raises
     ------
@@ -125,7 +125,7 @@ def hold_file(path: Path) -> HeldFile:
     head = f.read(2048)
     if _DEFLATED not in head:
         f.seek(0)
-        return HeldFile(f)
+        return SharedFile(f)
     with f:
         packed = head + f.read(_DEFLATED_MAX)
     start = 144 + struct.unpack("<I", packed[140:144])[0]  # group 2 is never deflated
@@ -136,7 +136,7 @@ def hold_file(path: Path) -> HeldFile:
             f"{path.name}: cut short, or deflated from more than {_DEFLATED_MAX >> 20} MB; copy it "
             "again or export it uncompressed"
         )
-    return HeldFile(io.BytesIO(packed[:start].replace(_DEFLATED, _PLAIN) + data))
+    return SharedFile(io.BytesIO(packed[:start].replace(_DEFLATED, _PLAIN) + data))
 
 
 def read_slices(path: Path) -> list[DicomSlice]:
@@ -386,7 +386,7 @@ def check_image(head: DicomSlice, modality: str) -> None:
             )
 
 
-def check_values(ask: Request, heads: list[DicomSlice]) -> None:
+def check_values(ask: ReadOptions, heads: list[DicomSlice]) -> None:
     """Doubt numbers that are not said to be HU, or have been changed by packing.
 
     Parameters
@@ -428,7 +428,7 @@ def check_values(ask: Request, heads: list[DicomSlice]) -> None:
                 f"{head.name}: RescaleSlope is 0, all values are lost; export it again"
             )
     for text in doubts.values():
-        doubt(ask, RangeError, text)
+        refuse_unless_forced(ask, RangeError, text)
     if any(h.tags["PhotometricInterpretation"] == "MONOCHROME1" for h in heads):
         ask.notes.append(
             "MONOCHROME1: shown with white for the lowest value, which does not change the values"
@@ -472,7 +472,7 @@ def _cells(data: bytes, head: DicomSlice) -> np.ndarray:
     return getattr(imagecodecs, _DECODERS[number])(data).astype(kind).reshape(rows, columns)
 
 
-def _stored(cells: np.ndarray, ask: Request, head: DicomSlice) -> np.ndarray:
+def _stored(cells: np.ndarray, ask: ReadOptions, head: DicomSlice) -> np.ndarray:
     """Read cells as signed or unsigned numbers of BitsStored bits."""
     size, bits = cells.dtype.itemsize, int(head.tags["BitsStored"])
     values = cells.view(f"<{'i' if head.tags['PixelRepresentation'] == 1 else 'u'}{size}")
@@ -486,17 +486,17 @@ def _stored(cells: np.ndarray, ask: Request, head: DicomSlice) -> np.ndarray:
         padded = lost & (cells == padding)
         if (lost & ~padded).any():
             text = f"{head.name}: expected pixels of {bits} bits, got more; export it again"
-            doubt(ask, RangeError, text)
+            refuse_unless_forced(ask, RangeError, text)
         inside[padded] = values[padded]
     return inside
 
 
-def _bytes_of(head: DicomSlice, held: HeldFile) -> bytes:
+def _bytes_of(head: DicomSlice, held: SharedFile) -> bytes:
     """Read the bytes of the pixels of a slice."""
     return b"".join([held.read(*piece) for piece in head.pieces])
 
 
-def _decode(held: HeldFile, ask: Request, head: DicomSlice) -> Block:
+def _decode(held: SharedFile, ask: ReadOptions, head: DicomSlice) -> Block:
     """Decode and rescale one slice, and say which of its values are declared padding."""
     try:
         values = _stored(_cells(_bytes_of(head, held), head), ask, head)
@@ -562,10 +562,10 @@ def _declared_padding(
 
 
 def decode_slices(
-    ask: Request,
+    ask: ReadOptions,
     heads: Sequence[DicomSlice],
     kind: np.dtype,
-    hold: Callable[[Path], HeldFile] = hold_file,
+    hold: Callable[[Path], SharedFile] = hold_file,
 ) -> Iterator[Block]:
     """Decode and rescale one slice after the other.
 

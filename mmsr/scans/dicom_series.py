@@ -27,12 +27,18 @@ from mmsr.scans.dicom_file import (
     rescaled_type,
     same_pixels,
 )
-from .regular_grid import ROUNDED_MM, SAME_MM, Steps, measure_steps, straighten
-from .slices import Block, Request, Stack, check_spacing, given_voxel
+from mmsr.scans.regular_grid import (
+    ROUNDED_MM,
+    SAME_MM,
+    SliceSpacing,
+    measure_steps,
+    resample_to_regular_grid,
+)
+from .slices import Block, ReadOptions, SliceSource, check_spacing, given_voxel
 
 # %% ../../nbs/5_scans/04_dicom_series.ipynb #825afa77
 def _sorted(
-    ask: Request, heads: Sequence[DicomSlice]
+    ask: ReadOptions, heads: Sequence[DicomSlice]
 ) -> tuple[list[DicomSlice], np.ndarray, np.ndarray]:
     """Sort sound slices along their normal; return them, their places (n, 3), and the axes by columns."""
     for head in heads:
@@ -66,7 +72,9 @@ def _sorted(
     return heads, places, np.stack([row, column, normal], 1)
 
 
-def _check_steps(ask: Request, heads: list[DicomSlice], fit: Steps, pixel_mm: float) -> bool:
+def _check_steps(
+    ask: ReadOptions, heads: list[DicomSlice], fit: SliceSpacing, pixel_mm: float
+) -> bool:
     """Tell whether a stack has to be resampled; refuse it unless that is asked for."""
     pairs = [f"{a.name} and {b.name}" for a, b in pairwise(heads)]
     out = "or resample with --resample (resample=True)"
@@ -233,7 +241,7 @@ def scan_series(heads: Sequence[DicomSlice]) -> list[SeriesSummary]:
 
 
 def _one_series(
-    ask: Request, heads: Sequence[DicomSlice]
+    ask: ReadOptions, heads: Sequence[DicomSlice]
 ) -> tuple[SeriesSummary, list[DicomSlice]]:
     """Return the series asked for, or say what there is."""
     found = _grouped(heads)
@@ -259,7 +267,7 @@ def _one_series(
     return chosen[0]
 
 # %% ../../nbs/5_scans/04_dicom_series.ipynb #2ccaa098
-def open_dicom(ask: Request, heads: Sequence[DicomSlice]) -> Stack:
+def open_dicom(ask: ReadOptions, heads: Sequence[DicomSlice]) -> SliceSource:
     """Open the slices of one DICOM series without decoding any.
 
     Parameters
@@ -318,15 +326,15 @@ def open_dicom(ask: Request, heads: Sequence[DicomSlice]) -> Stack:
         )
     shape = len(heads), int(tags["Rows"]), int(tags["Columns"])
     check_spacing(ask, grid.spacing_mm)
-    stack = Stack(shape, kind, grid, blocks, source)
+    stack = SliceSource(shape, kind, grid, blocks, source)
     if bent:
-        stack = straighten(ask, stack, places)
+        stack = resample_to_regular_grid(ask, stack, places)
     grid = given_voxel(ask, stack.grid)
     check_spacing(ask, grid.spacing_mm)
     return stack._replace(grid=grid)
 
 
-def _own_thickness(ask: Request, tags: dict[str, Any]) -> float:
+def _own_thickness(ask: ReadOptions, tags: dict[str, Any]) -> float:
     """Return the z spacing that a single slice gives itself."""
     tag = next((t for t in ("SpacingBetweenSlices", "SliceThickness") if tags[t]), "")
     if not tag:
@@ -383,7 +391,7 @@ class DicomFacts(NamedTuple):
     doubles: tuple[int, int]
 
 
-def dicom_facts(ask: Request, heads: Sequence[DicomSlice]) -> DicomFacts:
+def dicom_facts(ask: ReadOptions, heads: Sequence[DicomSlice]) -> DicomFacts:
     """Measure a DICOM series by its headers, also one that would be refused.
 
     Parameters
@@ -408,7 +416,7 @@ def dicom_facts(ask: Request, heads: Sequence[DicomSlice]) -> DicomFacts:
         fit = measure_steps(places, axes[:, 2])
     else:
         thick = tags["SpacingBetweenSlices"] or tags["SliceThickness"] or math.nan
-        fit = Steps(np.zeros(1), np.full(1, thick), thick, np.ones(1, int), 0.0, 0.0, 0.0)
+        fit = SliceSpacing(np.zeros(1), np.full(1, thick), thick, np.ones(1, int), 0.0, 0.0, 0.0)
     copies = [same_pixels(heads[k], heads[k + 1]) for k in np.flatnonzero(fit.steps < SAME_MM)]
     sheared = fit.sideways > min(tags["PixelSpacing"]) / 4
     gaps = [(float(fit.along[k] - fit.along[0]), int(fit.gaps[k]) - 1) for k in fit.holes]

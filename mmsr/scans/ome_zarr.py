@@ -23,7 +23,7 @@ from mmsr.core import (
     ShapeError,
     available_memory,
 )
-from .slices import Request, Stack
+from .slices import ReadOptions, SliceSource
 from .tiff_stack import LENGTHS_MM
 from .volume_files import stack_of
 from .volume_headers import Header
@@ -260,7 +260,7 @@ def _header(path: Path) -> tuple[Header, Any]:
     return _oriented(header._replace(unit=strange), axes), level
 
 # %% ../../nbs/5_scans/08_ome_zarr.ipynb #67f53488
-def open_zarr(ask: Request, header: Header) -> Stack:
+def open_zarr(ask: ReadOptions, header: Header) -> SliceSource:
     """Open level 0 of an OME-Zarr; its slices are read when asked for.
 
     Parameters

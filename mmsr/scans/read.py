@@ -29,7 +29,7 @@ from ..data.volume import Volume, slice_range
 from .dicom_file import is_dicom, read_slices
 from .dicom_series import open_dicom
 from .ome_zarr import is_zarr, open_zarr, read_zarr
-from .slices import IN_PLANE_MM, Request, Stack, volume_of, voxel_size
+from .slices import IN_PLANE_MM, ReadOptions, SliceSource, volume_of, voxel_size
 from .tiff_stack import open_tiff, read_tiff
 from .volume_files import open_scan_file
 from .volume_headers import read_header
@@ -217,7 +217,7 @@ def read_heads(kind: str, file: Path) -> list[Any]:
         return [readers[kind](file)]
 
 
-def open_stack(ask: Request, found: Found, heads: list[Any]) -> Stack:
+def open_stack(ask: ReadOptions, found: Found, heads: list[Any]) -> SliceSource:
     """Open a scan without reading its voxels.
 
     Parameters
@@ -255,7 +255,7 @@ def request(
     voxel_mm: float | Sequence[float] | None = None,
     voxel_um: float | Sequence[float] | None = None,
     series: int | str | None = None,
-) -> Request:
+) -> ReadOptions:
     """Check which scan is meant, and as what; the arguments are those of `read_volume`.
 
     Raises
@@ -267,7 +267,7 @@ def request(
         raise SettingsError(f"modality: expected 'clinical' or 'micro', got {modality!r}")
     chosen = None if series is None else str(series)
     name = os.path.basename(os.path.abspath(path))
-    return Request(name, [], modality, voxel_size(voxel_mm, voxel_um), series=chosen)
+    return ReadOptions(name, [], modality, voxel_size(voxel_mm, voxel_um), series=chosen)
 
 
 def read_volume(

@@ -17,7 +17,15 @@ import numpy as np
 
 from ..core import FileError, GeometryError, ShapeError
 from ..data.volume import Grid
-from .slices import Block, HeldFile, Request, Stack, check_spacing, doubt, given_voxel
+from mmsr.scans.slices import (
+    Block,
+    ReadOptions,
+    SharedFile,
+    SliceSource,
+    check_spacing,
+    given_voxel,
+    refuse_unless_forced,
+)
 
 # %% ../../nbs/5_scans/07_tiff_stack.ipynb #c2d1da86
 LENGTHS_MM = {
@@ -213,7 +221,7 @@ def _said_beside(files: list[Path], size: tuple[int, int]) -> list[Said]:
     return said
 
 
-def _tiff_grid(ask: Request, files: list[TiffFile]) -> Grid:
+def _tiff_grid(ask: ReadOptions, files: list[TiffFile]) -> Grid:
     """Find the voxel size of a stack: said by the files, beside them, or by the caller."""
     said = [files[0].said] if files[0].said else []
     said += _said_beside([f.path for f in files], files[0].size)
@@ -229,12 +237,12 @@ def _tiff_grid(ask: Request, files: list[TiffFile]) -> Grid:
         text = f"{ask.name}: expected one voxel size (z, y, x), got {' and '.join(shown)}"
         if ask.voxel is None:
             raise GeometryError(f"{text}; give voxel_mm=… or voxel_um=… and --force (force=True)")
-        doubt(ask, GeometryError, f"{text}; take away what is wrong")
+        refuse_unless_forced(ask, GeometryError, f"{text}; take away what is wrong")
     ask.notes.append(f"voxel size (z, y, x) {shown[0]}")
     return given_voxel(ask, Grid(said[0][0]))
 
 # %% ../../nbs/5_scans/07_tiff_stack.ipynb #402f5a80
-def _check_stack(ask: Request, files: list[TiffFile]) -> None:
+def _check_stack(ask: ReadOptions, files: list[TiffFile]) -> None:
     """Check the files of a stack against each other and against gaps in their numbering."""
     paths = [file.path for file in files]
     for file in files[1:]:
@@ -251,7 +259,7 @@ def _check_stack(ask: Request, files: list[TiffFile]) -> None:
             f"{paths[k + 1].name}: expected an even numbering, got {paths[k].name} just before it; "
             "add the missing slices"
         )
-        doubt(ask, GeometryError, text)
+        refuse_unless_forced(ask, GeometryError, text)
     if any(file.lossy for file in files):
         ask.notes.append("packed with a method that may lose detail (such as JPEG)")
     if named := files[0].named:
@@ -276,7 +284,7 @@ def _tiff_slices(tif: Any, first: int, last: int) -> Iterator[np.ndarray]:
             yield stored.reshape(height, width).astype(series.dtype)
 
 
-def open_tiff(ask: Request, files: list[TiffFile]) -> Stack:
+def open_tiff(ask: ReadOptions, files: list[TiffFile]) -> SliceSource:
     """Open a TIFF stack of one file with many pages, or of many files with one.
 
     Parameters
@@ -305,7 +313,7 @@ def open_tiff(ask: Request, files: list[TiffFile]) -> Stack:
     one = files[0]
     count = one.pages if len(files) == 1 else len(files)
     # its pages need not be found again
-    held = HeldFile(_tiff_file(one.path)) if len(files) == 1 else None
+    held = SharedFile(_tiff_file(one.path)) if len(files) == 1 else None
 
     def pages(first: int, last: int) -> Iterator[np.ndarray]:
         if held is not None:
@@ -326,4 +334,4 @@ def open_tiff(ask: Request, files: list[TiffFile]) -> Stack:
                 f"{ask.name}: its pixels cannot be unpacked; copy it again or save it uncompressed"
             ) from e
 
-    return Stack((count, *one.size), one.dtype, grid, blocks)
+    return SliceSource((count, *one.size), one.dtype, grid, blocks)

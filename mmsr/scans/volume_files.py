@@ -15,8 +15,16 @@ import numpy as np
 
 from ..core import FileError, GeometryError, RangeError, ResourceError
 from ..data.volume import Grid
-from .regular_grid import straighten
-from .slices import Block, HeldFile, Request, Stack, check_spacing, doubt, given_voxel
+from .regular_grid import resample_to_regular_grid
+from mmsr.scans.slices import (
+    Block,
+    ReadOptions,
+    SharedFile,
+    SliceSource,
+    check_spacing,
+    given_voxel,
+    refuse_unless_forced,
+)
 from .volume_headers import Header, unpack
 
 # %% ../../nbs/5_scans/06_volume_files.ipynb #bab0b58f
@@ -27,12 +35,12 @@ def _wrong_length(header: Header, found: int) -> str:
     return f"{header.data.name}: {what} {header.due + ahead} bytes, got {found + ahead}"
 
 
-def _open_data(ask: Request, header: Header) -> tuple[HeldFile, int]:
+def _open_data(ask: ReadOptions, header: Header) -> tuple[SharedFile, int]:
     """Open the voxels of a file, whole and unpacked; with them comes where they start."""
     if not header.packed:
         found = header.data.stat().st_size - header.start
         _check_length(ask, header, found)
-        return HeldFile(header.data.open("rb")), header.start + header.skip
+        return SharedFile(header.data.open("rb")), header.start + header.skip
     if header.due > 1100 * header.data.stat().st_size:  # gzip packs no better than 1032 to 1
         raise FileError(f"{_wrong_length(header, 0)} at most; copy the file again")
     where = tempfile.gettempdir()
@@ -41,7 +49,7 @@ def _open_data(ask: Request, header: Header) -> tuple[HeldFile, int]:
             f"{header.data.name}: unpacks to {header.due / 1e9:.2f} GB, got {free / 1e9:.2f} GB free "
             "for temporary files; free some space, or set TMPDIR to a larger disk"
         )
-    held, found = HeldFile(tempfile.TemporaryFile()), 0  # noqa: SIM115 (held on purpose)
+    held, found = SharedFile(tempfile.TemporaryFile()), 0  # noqa: SIM115 (held on purpose)
     for piece in unpack(header.data, header.start):
         held.file.write(piece[: max(header.due - found, 0)])
         found += len(piece)
@@ -51,15 +59,17 @@ def _open_data(ask: Request, header: Header) -> tuple[HeldFile, int]:
     return held, header.skip
 
 
-def _check_length(ask: Request, header: Header, found: int) -> None:
+def _check_length(ask: ReadOptions, header: Header, found: int) -> None:
     """Refuse a file that is shorter than its header says; doubt one that is longer."""
     if found < header.due:
         raise FileError(f"{_wrong_length(header, found)}; copy the file again")
     if found > header.due:
-        doubt(ask, FileError, f"{_wrong_length(header, found)} or more; convert it anew")
+        refuse_unless_forced(
+            ask, FileError, f"{_wrong_length(header, found)} or more; convert it anew"
+        )
 
 
-def open_scan_file(ask: Request, header: Header) -> Stack:
+def open_scan_file(ask: ReadOptions, header: Header) -> SliceSource:
     """Open a NIfTI, NRRD or MetaImage file; its slices are read when asked for.
 
     Parameters
@@ -102,8 +112,8 @@ def open_scan_file(ask: Request, header: Header) -> Stack:
 
 
 def stack_of(
-    ask: Request, header: Header, opened: Callable[[], Callable[[int], np.ndarray]]
-) -> Stack:
+    ask: ReadOptions, header: Header, opened: Callable[[], Callable[[int], np.ndarray]]
+) -> SliceSource:
     """Place slices where a header says, or refuse it before they are opened.
 
     Parameters
@@ -130,23 +140,23 @@ def stack_of(
     check_spacing(ask, grid.spacing_mm)
     if header.modality == "micro" and ask.modality == "clinical":
         text = f"{ask.name}: expected clinical CT in HU, got what says it is µCT; read it as micro"
-        doubt(ask, RangeError, text)
+        refuse_unless_forced(ask, RangeError, text)
     ask.notes.extend(header.notes)
     read, (width, height, count) = opened(), header.size[:3]
 
     def blocks(first: int, last: int) -> Iterator[Block]:
         return ((read(z), None) for z in range(first, last))
 
-    stack = Stack((count, height, width), header.dtype, grid, blocks)
+    stack = SliceSource((count, height, width), header.dtype, grid, blocks)
     normal = np.reshape(grid.direction, (3, 3))[:, 2]
     way = normal if header.axes is None else header.axes[:, 2]
     if np.allclose(way, normal, atol=1e-4):
         return stack
     steps = np.arange(count)[:, None] * way * grid.spacing_mm[0]  # sheared: askew to the slices
-    return straighten(ask, stack, grid.origin_mm + steps)
+    return resample_to_regular_grid(ask, stack, grid.origin_mm + steps)
 
 
-def _file_grid(ask: Request, header: Header) -> Grid:
+def _file_grid(ask: ReadOptions, header: Header) -> Grid:
     """Place the voxels of a file; refuse what it does not say, unless the caller says it."""
     if header.spacing is None and ask.voxel is None:
         which = f" but in {header.unit!r}, a unit not known here" if header.unit else ""
@@ -155,7 +165,7 @@ def _file_grid(ask: Request, header: Header) -> Grid:
             "voxel_um=…"
         )
     for text in header.doubts:
-        doubt(ask, FileError, f"{ask.name}: {text}")
+        refuse_unless_forced(ask, FileError, f"{ask.name}: {text}")
     axes = np.eye(3) if header.axes is None else header.axes
     off = np.abs(axes.T @ axes - np.eye(3))
     if not off.max() < 1e-4:
@@ -170,7 +180,7 @@ def _file_grid(ask: Request, header: Header) -> Grid:
         ask.notes.append("the header does not say how the scan is oriented: along its own axes")
     elif header.axes is None:
         text = f"{ask.name}: its header does not say how the scan is oriented; convert it anew"
-        doubt(ask, GeometryError, text)
+        refuse_unless_forced(ask, GeometryError, text)
     direction = tuple((axes.ravel() + 0.0).tolist())
     if header.spacing is None:
         ask.notes.append("the header does not say its unit: voxel size as given, origin 0")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WRITABLE', 'THREADS', 'writable_suffix', 'check_writable', 'disk_needed', 'free_space', 'open_writer', 'disk_errors',
-           'settle', 'write_volume']
+           'commit', 'write_volume']
 
 # %% ../../nbs/5_scans/11_write.ipynb #7ce02c5c
 import contextlib
@@ -178,7 +178,7 @@ def open_writer(
     ----------
     path : str or Path
         Where it is made. What is there already is gone on with, so an unfinished output should not
-        yet stand under its final name (see `write_volume`, and `open_export`).
+        yet stand under its final name (see `write_volume`, and `open_resumable_output`).
     volume : Volume
         Shape, type and grid; its voxels are not read.
     identity : Identity, optional
@@ -249,7 +249,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise FileError(f"{path.name}: not written ({os.strerror(number)})") from e
 
 
-def settle(made: Path, path: Path, aside: Path) -> None:
+def commit(made: Path, path: Path, aside: Path) -> None:
     """Give a finished output its name.
 
     Parameters
@@ -312,6 +312,6 @@ def write_volume(path: str | Path, volume: Volume) -> None:
                 pass
         writer.join()
         with disk_errors(path):
-            settle(folder / path.name, path, folder / "earlier")
+            commit(folder / path.name, path, folder / "earlier")
     finally:
         shutil.rmtree(folder, ignore_errors=True)

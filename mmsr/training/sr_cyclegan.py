@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from ..core import SettingsError, seeded
-from ..data.batches import PatchFeed, UnpairedBatches
+from ..data.batches import PatchLoader, UnpairedBatches
 from ..data.patches import PatchBank
 from ..losses.gan import lsgan_discriminator_loss, lsgan_generator_loss, reconstruction_loss
 from ..losses.mmsr import MMSRSettings, enlarge, identity_loss, mmsr_loss, mmsr_terms
@@ -30,21 +30,27 @@ from mmsr.networks.discriminators import (
 from mmsr.networks.generators import (
     AnyG1,
     AnyG2,
+    DownsamplingGenerator,
     G1Settings,
     G2Settings,
-    ReferenceGenerator,
-    ReferenceSettings,
-    ShrinkGenerator,
+    ResnetGenerator,
+    ResnetSettings,
     SRGenerator,
     build_g1,
     build_g2,
 )
 from ..networks.weights import G1Network
-from .distributed import make_fabric, own_normal, step_random
-from .health import VITAL_SIGNS, busy_patches, hu_per_unit, strip_rows, vital_signs
+from .distributed import make_fabric, sharded_normal, step_generator
+from mmsr.training.health import (
+    HEALTH_METRICS,
+    health_metrics,
+    hu_per_unit,
+    preview_patches,
+    preview_rows,
+)
 from mmsr.training.run import (
-    RunKeeper,
     TrainedRun,
+    TrainingRun,
     check_banks,
     check_sizes,
     describe_banks,
@@ -56,13 +62,13 @@ from mmsr.training.steps import (
     ImagePool,
     averaged_copy,
     enlarge_input,
-    enlarging,
     frozen,
-    halves,
     learning_rate_factor,
+    reduce_and_clip_gradients,
     set_learning_rate,
-    settle_gradients,
+    split_scores,
     update_average,
+    with_input_enlargement,
 )
 
 if TYPE_CHECKING:
@@ -74,7 +80,7 @@ class SRCycleGANSettings(LoopSettings):
 
     Parameters
     ----------
-    g1, g2 : G1Settings or ReferenceSettings, G2Settings or ReferenceSettings
+    g1, g2 : G1Settings or ResnetSettings, G2Settings or ResnetSettings
         The generators X → Y and Y → X; their scales agree.
     d_x, d_y : DiscriminatorSettings
         The judges of clinical and of µCT patches.
@@ -114,15 +120,15 @@ class SRCycleGANSettings(LoopSettings):
 _PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {
-        "g1": ReferenceSettings(octaves=3).model_dump(),
-        "g2": ReferenceSettings(octaves=-3).model_dump(),
+        "g1": ResnetSettings(octaves=3).model_dump(),
+        "g2": ResnetSettings(octaves=-3).model_dump(),
         "d_x": {"layers": 3, "channels": 64},
         "batch_size": 1, "steps": 2_000_000, "augment": False, "ema": 0.0,
         "d_y": {"channels": 64}, "checkpoint_every": 10_000,
     },
     "released": {
         "g1": G1Settings().model_dump(),
-        "g2": ReferenceSettings(octaves=-3).model_dump(),
+        "g2": ResnetSettings(octaves=-3).model_dump(),
         "d_x": {"layers": 3, "channels": 64}, "d_y": {"channels": 64},
         "mmsr": {"structure_x": 1.0, "ssim_window": (11, 1.5), "c1": 1e-4, "c2": 9e-4, "distance": "l1"},
         "cycle": 1.0, "identity_x": 0.02, "identity_y": 0.2, "degraded_fraction": 0.25,
@@ -131,8 +137,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 _SAME_SIZE = {
-    "g1": ReferenceSettings(octaves=0).model_dump(),
-    "g2": ReferenceSettings(octaves=0).model_dump(),
+    "g1": ResnetSettings(octaves=0).model_dump(),
+    "g2": ResnetSettings(octaves=0).model_dump(),
     "d_x": {"layers": 3, "channels": 64},
     "d_y": {"channels": 64},
 }
@@ -171,8 +177,8 @@ def cyclegan_settings(
 class Networks(NamedTuple):
     """The four players, in the paper's names."""
 
-    g1: SRGenerator | ReferenceGenerator
-    g2: ShrinkGenerator | ReferenceGenerator
+    g1: SRGenerator | ResnetGenerator
+    g2: DownsamplingGenerator | ResnetGenerator
     d_x: PatchDiscriminator
     d_y: PatchDiscriminator
 
@@ -239,7 +245,7 @@ class DiscriminatorLosses(NamedTuple):
 
 
 COLUMNS = (
-    *GeneratorLosses._fields, *DiscriminatorLosses._fields, "gradient_g", "gradient_d", *VITAL_SIGNS
+    *GeneratorLosses._fields, *DiscriminatorLosses._fields, "gradient_g", "gradient_d", *HEALTH_METRICS
 )  # fmt: skip
 
 
@@ -402,14 +408,14 @@ def train_sr_cyclegan(
         **networks._asdict(), **({"average": average} if settings.ema else {}),
         "optimiser_g": optimiser_g, "optimiser_d": optimiser_d, "pool_x": pool_x, "pool_y": pool_y,
     }  # fmt: skip
-    feed = PatchFeed(
+    feed = PatchLoader(
         UnpairedBatches(
             x_bank, y_bank, settings.batch_size, settings.seed, settings.augment, scale,
             settings.degraded_fraction,
         ),
         fabric,
     )  # fmt: skip
-    keeper = RunKeeper(
+    keeper = TrainingRun(
         run_folder,
         config,
         settings,
@@ -431,7 +437,7 @@ def train_sr_cyclegan(
     )
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
     unit_hu = hu_per_unit(x_bank)
-    shown_x, shown_y = busy_patches(x_bank).to(device), busy_patches(y_bank).to(device)
+    shown_x, shown_y = preview_patches(x_bank).to(device), preview_patches(y_bank).to(device)
     if settings.enlarged_input:
         shown_x = enlarge_input(shown_x, scale)
 
@@ -440,11 +446,11 @@ def train_sr_cyclegan(
             x, y = (patches.contiguous(memory_format=layout) for patches in feed.batch(step))
             if settings.enlarged_input:  # R14b
                 x = enlarge_input(x, scale)
-            random = step_random(settings.seed, step, device)
+            random = step_generator(settings.seed, step, device)
 
             def noise(image: Tensor, random: torch.Generator = random) -> Tensor | None:
                 shape = (len(image), g1.noise_channels, *image.shape[2:])
-                return own_normal(fabric, random, shape) if g1.noise_channels else None
+                return sharded_normal(fabric, random, shape) if g1.noise_channels else None
 
             factor = learning_rate_factor(step, settings.steps, settings.constant)
             for optimiser in (optimiser_g, optimiser_d):
@@ -467,7 +473,7 @@ def train_sr_cyclegan(
                 g_losses = generator_losses(x, y, outputs, score_y_lr, score_x_sr, settings)
                 optimiser_g.zero_grad()
                 g_losses.total.backward()
-            gradient_g = settle_gradients(fabric, optimiser_g, settings.clip)
+            gradient_g = reduce_and_clip_gradients(fabric, optimiser_g, settings.clip)
             optimiser_g.step()
 
             # Judges: tell real patches from outputs, some of them of the past.
@@ -475,25 +481,25 @@ def train_sr_cyclegan(
                 scores_x = d_x(torch.cat([x, pool_x.query(y_lr, step)]))
                 scores_y = d_y(torch.cat([y, pool_y.query(x_sr, step)]))
             d_losses = DiscriminatorLosses(
-                lsgan_discriminator_loss(*halves(scores_x)),
-                lsgan_discriminator_loss(*halves(scores_y)),
+                lsgan_discriminator_loss(*split_scores(scores_x)),
+                lsgan_discriminator_loss(*split_scores(scores_y)),
             )
             optimiser_d.zero_grad()
             (d_losses.d_x + d_losses.d_y).backward()
-            gradient_d = settle_gradients(fabric, optimiser_d, settings.clip)
+            gradient_d = reduce_and_clip_gradients(fabric, optimiser_d, settings.clip)
             optimiser_d.step()
 
             if settings.ema:
                 update_average(average, g1, step, settings.ema)
-            signs = vital_signs(x, x_sr, unit_hu)
+            signs = health_metrics(x, x_sr, unit_hu)
             keeper.record(
                 (*g_losses, *d_losses, gradient_g, gradient_d, *signs),
-                strip=lambda: strip_rows(average if settings.ema else g1, g2, shown_x, shown_y),
+                strip=lambda: preview_rows(average if settings.ema else g1, g2, shown_x, shown_y),
             )
 
         best: G1Network = average if settings.ema else g1
         if settings.enlarged_input:
-            best = enlarging(best, scale)
+            best = with_input_enlargement(best, scale)
         keeper.save_generator(
             best,
             lambda step: record_of(

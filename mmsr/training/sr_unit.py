@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Adam
 
 from ..core import seeded
-from ..data.batches import PatchFeed, UnpairedBatches
+from ..data.batches import PatchLoader, UnpairedBatches
 from ..data.patches import PatchBank
 from mmsr.losses.gan import (
     latent_loss,
@@ -40,11 +40,17 @@ from mmsr.networks.unit import (
     build_unit,
 )
 from ..networks.weights import G1Network
-from .distributed import make_fabric, own_normal, step_random
-from .health import VITAL_SIGNS, busy_patches, hu_per_unit, strip_rows, vital_signs
+from .distributed import make_fabric, sharded_normal, step_generator
+from mmsr.training.health import (
+    HEALTH_METRICS,
+    health_metrics,
+    hu_per_unit,
+    preview_patches,
+    preview_rows,
+)
 from mmsr.training.run import (
-    RunKeeper,
     TrainedRun,
+    TrainingRun,
     check_banks,
     check_sizes,
     describe_banks,
@@ -55,13 +61,13 @@ from .settings import Baseline, LoopSettings, Preset, preset_settings
 from mmsr.training.steps import (
     averaged_copy,
     enlarge_input,
-    enlarging,
     frozen,
-    halves,
     halving_factor,
+    reduce_and_clip_gradients,
     set_learning_rate,
-    settle_gradients,
+    split_scores,
     update_average,
+    with_input_enlargement,
 )
 
 if TYPE_CHECKING:
@@ -232,7 +238,7 @@ class DiscriminatorLosses(NamedTuple):
 
 
 COLUMNS = (
-    *GeneratorLosses._fields, *DiscriminatorLosses._fields, "gradient_g", "gradient_d", *VITAL_SIGNS
+    *GeneratorLosses._fields, *DiscriminatorLosses._fields, "gradient_g", "gradient_d", *HEALTH_METRICS
 )  # fmt: skip
 
 
@@ -406,14 +412,14 @@ def train_sr_unit(
         **networks._asdict(), **({"average": average} if settings.ema else {}),
         "optimiser_g": optimiser_g, "optimiser_d": optimiser_d,
     }  # fmt: skip
-    feed = PatchFeed(
+    feed = PatchLoader(
         UnpairedBatches(
             x_bank, y_bank, settings.batch_size, settings.seed, settings.augment, scale,
             settings.degraded_fraction,
         ),
         fabric,
     )  # fmt: skip
-    keeper = RunKeeper(
+    keeper = TrainingRun(
         run_folder,
         config,
         settings,
@@ -435,7 +441,7 @@ def train_sr_unit(
     )
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
     unit_hu = hu_per_unit(x_bank)
-    shown_x, shown_y = busy_patches(x_bank).to(device), busy_patches(y_bank).to(device)
+    shown_x, shown_y = preview_patches(x_bank).to(device), preview_patches(y_bank).to(device)
     if settings.enlarged_input:
         shown_x = enlarge_input(shown_x, scale)
 
@@ -444,10 +450,10 @@ def train_sr_unit(
             x, y = (patches.contiguous(memory_format=layout) for patches in feed.batch(step))
             if settings.enlarged_input:  # R14b
                 x = enlarge_input(x, scale)
-            random = step_random(settings.seed, step, device)
+            random = step_generator(settings.seed, step, device)
             side = x.shape[-1] // 2**settings.unit.halvings_x
             shape = (len(x), settings.unit.latent, side, side)
-            noise = tuple(settings.noise * own_normal(fabric, random, shape) for _ in range(4))
+            noise = tuple(settings.noise * sharded_normal(fabric, random, shape) for _ in range(4))
             factor = halving_factor(step, settings.halve_every)
             for optimiser in (optimiser_g, optimiser_d):
                 set_learning_rate(optimiser, settings.learning_rate * factor)
@@ -460,7 +466,7 @@ def train_sr_unit(
                 g_losses = generator_losses(x, y, outputs, score_y_lr, score_x_sr, settings)
                 optimiser_g.zero_grad()
                 g_losses.total.backward()
-            gradient_g = settle_gradients(fabric, optimiser_g, settings.clip)
+            gradient_g = reduce_and_clip_gradients(fabric, optimiser_g, settings.clip)
             optimiser_g.step()
 
             # Judges: tell real patches from outputs.
@@ -468,20 +474,20 @@ def train_sr_unit(
                 scores_x = d_x(torch.cat([x, outputs.y_lr.detach()]))
                 scores_y = d_y(torch.cat([y, outputs.x_sr.detach()]))
             d_losses = DiscriminatorLosses(  # UNIT does not halve it
-                2 * lsgan_discriminator_loss(*halves(scores_x)),
-                2 * lsgan_discriminator_loss(*halves(scores_y)),
+                2 * lsgan_discriminator_loss(*split_scores(scores_x)),
+                2 * lsgan_discriminator_loss(*split_scores(scores_y)),
             )
             optimiser_d.zero_grad()
             (d_losses.d_x + d_losses.d_y).backward()
-            gradient_d = settle_gradients(fabric, optimiser_d, settings.clip)
+            gradient_d = reduce_and_clip_gradients(fabric, optimiser_d, settings.clip)
             optimiser_d.step()
 
             if settings.ema:
                 update_average(average, g1, step, settings.ema)
-            signs = vital_signs(x, outputs.x_sr, unit_hu)
+            signs = health_metrics(x, outputs.x_sr, unit_hu)
             keeper.record(
                 (*g_losses, *d_losses, gradient_g, gradient_d, *signs),
-                strip=lambda: strip_rows(
+                strip=lambda: preview_rows(
                     average if settings.ema else g1,
                     lambda image: decode_x(encode_y(image)),
                     shown_x,
@@ -491,7 +497,7 @@ def train_sr_unit(
 
         best: G1Network = average if settings.ema else g1
         if settings.enlarged_input:
-            best = enlarging(best, scale)
+            best = with_input_enlargement(best, scale)
         keeper.save_generator(
             best,
             lambda step: record_of(

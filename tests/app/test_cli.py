@@ -19,7 +19,6 @@ import pytest
 import SimpleITK as sitk
 import torch
 from matplotlib.figure import Figure
-from mmsr.data.windows import CLINICAL_WINDOW
 from PIL import Image
 
 import mmsr
@@ -29,10 +28,11 @@ from mmsr.core import RESEARCH_ONLY, seeded
 from mmsr.data.masks import lung_mask
 from mmsr.data.phantom_scans import clinical_case
 from mmsr.data.volume import Volume, block_mean
+from mmsr.data.windows import CLINICAL_WINDOW
 from mmsr.evaluation import figures
 from mmsr.inference import scan_job
 from mmsr.networks.generators import G1Settings, build_g1
-from mmsr.networks.weights import GeneratorRecord, save_generator
+from mmsr.networks.weights import ModelCard, save_generator
 from mmsr.scans.read import read_volume
 from mmsr.scans.write import write_volume
 
@@ -75,7 +75,7 @@ def weights_file(path: Path, **settings: object) -> Path:
     """Write untrained weights."""
     g1 = build_g1(G1Settings(**{"channels": 8, "blocks": 1, "norm": "none", **settings}))
     window = CLINICAL_WINDOW.to_dict()
-    record = GeneratorRecord(
+    record = ModelCard(
         g1=g1.settings, clinical_window=window, micro_window={}, method="none", data="phantom"
     )
     save_generator(path, g1, record)

@@ -11,14 +11,14 @@ import pydicom
 import pytest
 from dicom_maker import series
 from matplotlib.text import Text
-from mmsr.data.windows import CLINICAL_WINDOW
 
 from mmsr.app.cli import main
 from mmsr.core import seeded
+from mmsr.data.windows import CLINICAL_WINDOW
 from mmsr.evaluation.figures import overview
 from mmsr.inference.super_resolve import SROptions, super_resolve_slices
 from mmsr.networks.generators import G1Settings, build_g1
-from mmsr.networks.weights import GeneratorRecord, load_generator, save_generator
+from mmsr.networks.weights import ModelCard, load_generator, save_generator
 from mmsr.scans.read import read_volume
 from mmsr.scans.scan_summary import info_picture, scan_info
 
@@ -93,7 +93,7 @@ def patient(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
     g1 = build_g1(G1Settings(channels=16, blocks=1, norm="none", skip=True))
-    record = GeneratorRecord(
+    record = ModelCard(
         g1=g1.settings,
         clinical_window=CLINICAL_WINDOW.to_dict(),
         micro_window={},

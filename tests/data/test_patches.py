@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mmsr.data.batches import UnpairedBatches
 
 from mmsr.core import (
     FileError,
@@ -24,6 +23,7 @@ from mmsr.core import (
     ShapeError,
     seeded,
 )
+from mmsr.data.batches import UnpairedBatches
 from mmsr.data.masks import lung_mask
 from mmsr.data.patches import PatchCase, open_bank, sample_positions, split_cases, write_bank
 from mmsr.data.volume import Volume, resample_in_plane
@@ -132,18 +132,18 @@ def test_another_process_writes_the_same_bank(tmp_path, bank):
         assert (tmp_path / "other" / name).read_bytes() == (tmp_path / "bank" / name).read_bytes()
 
 
-def cut(path: Path, keep: float) -> None:
+def crop(path: Path, keep: float) -> None:
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
 
 
 DAMAGE = {
     "no bank.json": lambda b: (b / "bank.json").unlink(),
-    "half a bank.json": lambda b: cut(b / "bank.json", 0.5),
+    "half a bank.json": lambda b: crop(b / "bank.json", 0.5),
     "empty bank.json": lambda b: (b / "bank.json").write_text(""),
     "a list in bank.json": lambda b: (b / "bank.json").write_text("[1, 2]"),
     "no patches": lambda b: (b / "patches.npy").unlink(),
-    "half the patches": lambda b: cut(b / "patches.npy", 0.5),
-    "no header": lambda b: cut(b / "patches.npy", 0.0001),
+    "half the patches": lambda b: crop(b / "patches.npy", 0.5),
+    "no header": lambda b: crop(b / "patches.npy", 0.0001),
     "a text for patches": lambda b: (b / "patches.npy").write_text("patches"),
     "other patches": lambda b: np.save(b / "patches.npy", np.zeros((40, 8, 8), np.int16)),
     "another type": lambda b: np.save(b / "patches.npy", np.zeros((40, 16, 16), np.float32)),

@@ -15,15 +15,21 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 import torch
-from mmsr.data.windows import CLINICAL_WINDOW
 from peak import PEAK_BYTES
 
 from mmsr.core import FileError, MMSRError, ResourceError, SettingsError, seeded
 from mmsr.data.volume import Volume, block_mean
-from mmsr.inference.scan_job import ScanTargets, plan_job, spoken, spoken_size, super_resolve_scan
+from mmsr.data.windows import CLINICAL_WINDOW
+from mmsr.inference.scan_job import (
+    ScanTargets,
+    format_bytes,
+    format_duration,
+    plan_job,
+    super_resolve_scan,
+)
 from mmsr.inference.super_resolve import SROptions, super_resolve
 from mmsr.networks.generators import G1Settings, SRGenerator, build_g1
-from mmsr.networks.weights import GeneratorRecord, load_generator, save_generator
+from mmsr.networks.weights import ModelCard, load_generator, save_generator
 from mmsr.scans.read import read_volume
 from mmsr.scans.resumable_output import unfinished
 from mmsr.scans.write import write_volume
@@ -121,8 +127,8 @@ def finish(*arguments: object) -> dict:
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def record_of(g1: SRGenerator) -> GeneratorRecord:
-    return GeneratorRecord(
+def record_of(g1: SRGenerator) -> ModelCard:
+    return ModelCard(
         g1=g1.settings,
         clinical_window=CLINICAL_WINDOW.to_dict(),
         micro_window={},
@@ -425,9 +431,9 @@ def test_room_is_counted_once(
 
 def test_sizes_and_times_are_readable() -> None:
     sizes = {4_200_000: "4.2 MB", 168e6: "168 MB", 16.8e9: "16.8 GB"}
-    assert [spoken_size(int(n)) for n in sizes] == list(sizes.values())
+    assert [format_bytes(int(n)) for n in sizes] == list(sizes.values())
     times = {0.42: "0.4 s", 34.6: "35 s", 95: "1.6 min", 3000: "50 min", 4e5: "111 h"}
-    assert [spoken(s) for s in times] == list(times.values())
+    assert [format_duration(s) for s in times] == list(times.values())
 
 
 def test_another_job_is_not_mixed_in(scan: Path, weights: Path, tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from mmsr.data.windows import CLINICAL_WINDOW
 
 from mmsr.core import MMSRError, ResourceError, seeded
 from mmsr.data.volume import Volume, block_mean
+from mmsr.data.windows import CLINICAL_WINDOW
 from mmsr.inference.super_resolve import (
     SROptions,
     _ahead,
@@ -18,15 +18,15 @@ from mmsr.inference.super_resolve import (
     super_resolve_slices,
 )
 from mmsr.networks.generators import G1Settings, SRGenerator, build_g1
-from mmsr.networks.weights import GeneratorRecord
+from mmsr.networks.weights import ModelCard
 
 
 def tiny(norm: str = "none", skip: bool = True) -> SRGenerator:
     return build_g1(G1Settings(channels=16, blocks=1, norm=norm, skip=skip)).eval()  # type: ignore[arg-type]
 
 
-def record_of(g1: SRGenerator) -> GeneratorRecord:
-    return GeneratorRecord(
+def record_of(g1: SRGenerator) -> ModelCard:
+    return ModelCard(
         g1=g1.settings,
         clinical_window=CLINICAL_WINDOW.to_dict(),
         micro_window={},
@@ -91,14 +91,14 @@ def test_a_gpu_keeps_all_digits_whatever_was_switched_before() -> None:
         earlier += [f"{p}.fp32_precision = '{how}'" for p in places for how in ("ieee", "tf32")]
     script = """
 import os, sys, torch
-from mmsr.training.distributed import _whole_digits, exact_arithmetic
+from mmsr.training.distributed import _whole_digits, deterministic_fp32
 cudnn = torch.backends.cudnn
 for line in sys.argv[1:]:
     if os.fork() == 0:  # the switches are the process's
         exec(line)
         owner, name, exact = _whole_digits()
         before = getattr(owner, name), cudnn.deterministic, cudnn.benchmark
-        with exact_arithmetic():
+        with deterministic_fp32():
             assert (getattr(owner, name), cudnn.deterministic) == (exact, True), line
         assert (getattr(owner, name), cudnn.deterministic, cudnn.benchmark) == before, line
         os._exit(0)

@@ -9,14 +9,14 @@ from importlib.resources import files
 
 import pytest
 import torch
-from mmsr.inference.memory import choose_batch, choose_tile, memory_needed
 from peak import PEAK_BYTES
 
 from mmsr.core import MMSRError, RangeError
 from mmsr.inference import lazy_layers as lazy_maps
 from mmsr.inference import tiling
+from mmsr.inference.memory import choose_batch, choose_tile, memory_needed
 from mmsr.inference.tiling import sr_slice, sr_tiles
-from mmsr.networks.generators import G1Settings, ReferenceSettings
+from mmsr.networks.generators import G1Settings, ResnetSettings
 from mmsr.networks.unit import UNITSettings
 from mmsr.networks.weights import build_generator, load_generator
 
@@ -29,11 +29,11 @@ ARCHITECTURES: dict[str, tuple[type, dict]] = {
         {"channels": 16, "blocks": 0, "scale": 16, "up_kernel": 5, "last_kernel": 9},
     ),
     "noise": (G1Settings, {"channels": 16, "blocks": 1, "skip": True, "noise": True}),
-    "deconvolution x2": (ReferenceSettings, {"channels": 16, "blocks": 1, "octaves": 1}),
-    "deconvolution x8": (ReferenceSettings, {"channels": 16, "blocks": 2, "octaves": 3}),
-    "same size": (ReferenceSettings, {"channels": 8, "blocks": 1, "octaves": 0}),
-    "enlarged": (ReferenceSettings, {"channels": 8, "blocks": 1, "octaves": 0, "enlarged": 8}),
-    "enlarged x2": (ReferenceSettings, {"channels": 8, "blocks": 1, "octaves": 2, "enlarged": 2}),
+    "deconvolution x2": (ResnetSettings, {"channels": 16, "blocks": 1, "octaves": 1}),
+    "deconvolution x8": (ResnetSettings, {"channels": 16, "blocks": 2, "octaves": 3}),
+    "same size": (ResnetSettings, {"channels": 8, "blocks": 1, "octaves": 0}),
+    "enlarged": (ResnetSettings, {"channels": 8, "blocks": 1, "octaves": 0, "enlarged": 8}),
+    "enlarged x2": (ResnetSettings, {"channels": 8, "blocks": 1, "octaves": 2, "enlarged": 2}),
     "UNIT": (UNITSettings, {"latent": 32, "blocks": 1}),
     "UNIT, wide": (UNITSettings, {"latent": 32, "blocks": 1, "up_kernel": 5, "last_kernel": 9}),
     "UNIT, halved": (
@@ -217,7 +217,7 @@ SLICES = (
 import json, os
 import torch
 from mmsr.networks.weights import build_generator, load_generator
-from mmsr.networks.generators import G1Settings, ReferenceSettings
+from mmsr.networks.generators import G1Settings, ResnetSettings
 from mmsr.inference.tiling import choose_tile, memory_needed, sr_slice
 from mmsr.networks.unit import UNITSettings
 torch.set_num_threads(1)
@@ -244,8 +244,8 @@ for job in sys.argv[1:]:
 JOBS = (
     "G1Settings(blocks=2), 256, 64",
     "G1Settings(blocks=2, norm='channel', skip=True, noise=True), 256, 128",
-    "ReferenceSettings(channels=32, blocks=2), 320, 128",
-    "ReferenceSettings(channels=16, blocks=1, octaves=0, enlarged=8), 128, 64",
+    "ResnetSettings(channels=32, blocks=2), 320, 128",
+    "ResnetSettings(channels=16, blocks=1, octaves=0, enlarged=8), 128, 64",
     "UNITSettings(latent=128, blocks=1), 256, 64",
 )
 

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import save
 
 from mmsr.core import FileError, MMSRError, RangeError, ResourceError, SettingsError
-from mmsr.networks.generators import G1Settings, ReferenceSettings, build_g1
+from mmsr.networks.generators import G1Settings, ResnetSettings, build_g1
 from mmsr.networks.unit import UNITSettings
 from mmsr.networks.weights import (
     RECORD_KEY,
     AnyGenerator,
     G1Network,
-    GeneratorRecord,
+    ModelCard,
     build_generator,
     load_generator,
     save_generator,
@@ -27,10 +27,10 @@ from mmsr.networks.weights import (
 SMALL = G1Settings(channels=8, blocks=1, norm="none", head_kernel=3, last_kernel=3)
 
 
-def record_of(settings: AnyGenerator, **more: object) -> GeneratorRecord:
+def record_of(settings: AnyGenerator, **more: object) -> ModelCard:
     """Make a record with no story."""
     known = {"clinical_window": {}, "micro_window": {}, "method": "untrained", "data": "none"}
-    return GeneratorRecord.read({"g1": settings, **known, **more})
+    return ModelCard.read({"g1": settings, **known, **more})
 
 
 def tensors_of(g1: G1Network) -> dict[str, torch.Tensor]:
@@ -86,8 +86,8 @@ def refused(path: Path, content: bytes) -> str:
         G1Settings(channels=16, blocks=2, norm="channel", skip=True),
         G1Settings(channels=16, blocks=0, scale=2, norm="instance"),
         G1Settings(channels=32, blocks=1, scale=16, norm="none", up_kernel=5),
-        ReferenceSettings(channels=8, blocks=1),
-        ReferenceSettings(channels=8, blocks=1, octaves=0, enlarged=8, norm="none"),
+        ResnetSettings(channels=8, blocks=1),
+        ResnetSettings(channels=8, blocks=1, octaves=0, enlarged=8, norm="none"),
         UNITSettings(latent=16, blocks=1),
         UNITSettings(latent=16, blocks=1, halvings_x=2, halvings_y=2, enlarged=8, norm="channel"),
     ],

@@ -12,7 +12,7 @@ import numpy as np
 
 from mmsr.core import seeded
 from mmsr.data.volume import Volume
-from mmsr.scans.resumable_output import Export, Output, open_export, placeholder
+from mmsr.scans.resumable_output import Output, ResumableOutput, open_resumable_output, placeholder
 
 SLICES = 9
 JOB = {"scan": "abc"}
@@ -29,7 +29,7 @@ def outputs(folder: Path, ending: str) -> dict[str, Output]:
     return {"sr": Output(folder / f"sr{ending}", sr), "map": Output(folder / "map.nii.gz", apart)}
 
 
-def fill(export: Export, part: tuple[int, int] = (1, 1), pause_s: float = 0.0) -> None:
+def fill(export: ResumableOutput, part: tuple[int, int] = (1, 1), pause_s: float = 0.0) -> None:
     for z in export.missing(part):
         one = plane(z)
         export.write(z, {"sr": one, "map": one[::10, ::10].astype(np.float32)}, {"z": z})
@@ -39,7 +39,7 @@ def fill(export: Export, part: tuple[int, int] = (1, 1), pause_s: float = 0.0) -
 def run(
     folder: Path, ending: str, part: tuple[int, int] = (1, 1), pause_s: float = 0.0
 ) -> list[dict] | None:
-    with open_export(outputs(folder, ending), JOB) as export:
+    with open_resumable_output(outputs(folder, ending), JOB) as export:
         fill(export, part, pause_s)
     return export.finish()
 

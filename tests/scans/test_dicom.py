@@ -28,7 +28,6 @@ from dicom_maker import (
     series,
     uid,
 )
-from mmsr.scans.slices import Request
 from peak import PEAK_BYTES
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
@@ -51,6 +50,7 @@ import mmsr.scans.dicom_file
 from mmsr.core import FileError, GeometryError, MMSRError, RangeError, SettingsError
 from mmsr.scans.dicom_series import dicom_facts, open_dicom, scan_series
 from mmsr.scans.read import read_heads, read_volume
+from mmsr.scans.slices import ReadOptions
 
 REAL = Path(os.environ.get("MMSR_REAL_DATA", "/nowhere"))
 real = pytest.mark.skipif(
@@ -354,7 +354,7 @@ def test_copies_and_different_slices_at_one_place(tmp_path):
     change(copy, ImagePositionPatient=pydicom.dcmread(one).ImagePositionPatient)
     change(copy, SOPInstanceUID=uid("another"))
     refused(GeometryError, folder, "same place", "but differ")
-    facts = dicom_facts(Request("s", []), heads_of(folder))
+    facts = dicom_facts(ReadOptions("s", []), heads_of(folder))
     assert facts.doubles == (0, 1)
     assert facts.spacing_mm == (2.5, 0.5, 0.6)
 
@@ -715,7 +715,7 @@ def test_any_damage_is_refused_in_one_line_or_read(tmp_path, syntax):
 def test_facts_of_a_tilted_stack_with_a_gap(tmp_path):
     folder = series(tmp_path / "s", chest(9), step=(0, 1.0, 2.5), PixelPaddingValue=5)
     in_order(folder)[4].unlink()
-    facts = dicom_facts(Request("s", []), heads_of(folder))
+    facts = dicom_facts(ReadOptions("s", []), heads_of(folder))
     assert facts.tilt_degrees == pytest.approx(np.degrees(np.arctan2(1, 2.5)))
     assert facts.sideways_mm == pytest.approx(8)
     assert facts.spacing_mm == (2.5, 0.5, 0.6)
@@ -728,7 +728,7 @@ def test_facts_of_a_tilted_stack_with_a_gap(tmp_path):
 
 @real
 def test_facts_of_the_chest():
-    facts = dicom_facts(Request("chest", []), heads_of(REAL / "nlst_chest_dicom"))
+    facts = dicom_facts(ReadOptions("chest", []), heads_of(REAL / "nlst_chest_dicom"))
     assert facts.series.shape == (143, 512, 512)
     assert facts.series.kernel == "FC51"
     assert facts.spacing_mm == pytest.approx((2.0, 0.54, 0.54))
@@ -738,7 +738,7 @@ def test_facts_of_the_chest():
 
 @real
 def test_the_chest_is_decoded_as_simpleitk_does():
-    stack = open_dicom(Request("chest", []), heads_of(REAL / "nlst_chest_dicom"))
+    stack = open_dicom(ReadOptions("chest", []), heads_of(REAL / "nlst_chest_dicom"))
     names = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(REAL / "nlst_chest_dicom"))
     for k in (0, 71, 142):
         ((block, _),) = stack.blocks(k, k + 1)
