@@ -29,7 +29,6 @@ from mmsr.inference.lazy_layers import (
     steps_of,
     walk,
 )
-from .memory import choose_tile
 from ..networks.generators import G1Settings, ResnetGenerator, SRGenerator, add_inside_tanh
 from ..networks.layers import check_image
 from ..networks.weights import G1Network
@@ -126,6 +125,8 @@ def _tiling(g1: G1Network, x: Tensor, tile: int | str | None, precision: str) ->
     if precision not in ("32", "bf16"):
         raise SettingsError(f"precision: expected '32' or 'bf16', got {precision!r}")
     if tile == "auto":
+        from mmsr.inference.memory import choose_tile
+
         tile = choose_tile(g1, (height, width), device=x.device, batch=len(x))
     if tile is not None and (isinstance(tile, str) or tile < 1):
         raise SettingsError(
