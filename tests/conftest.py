@@ -1,6 +1,8 @@
 """Tests run in several processes at once, each on one core; chance draws the same in each run."""
 
 import os
+import re
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -25,3 +27,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return nodeid if alone else super()._split_scope(nodeid)
 
     return ByFile(config, log)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Tell what each part took: its pages and its tests."""
+    seconds, failed = Counter[str](), Counter[str]()
+    for report in (r for reports in terminalreporter.stats.values() for r in reports):
+        if not isinstance(report, pytest.TestReport):
+            continue
+        place = re.search(r"\[(\d_\w+)/.*\.ipynb|tests/(\w+)/", report.nodeid)
+        part = next(filter(None, place.groups())) if place else "the whole"
+        seconds[part] += report.duration
+        failed[part] += report.failed
+    terminalreporter.section("by part")
+    for part, took in sorted(seconds.items()):
+        terminalreporter.line(f"{part:<14}{took:7.1f} s{failed[part] or '':>6}")
