@@ -52,7 +52,7 @@ def broken(path: Path, root: Path = ROOT) -> Iterator[str]:
         if missing or (anchor and target.is_file() and anchor not in anchors(target)):
             yield link
     for name in NAMED.findall(text):
-        if not any(root.glob(name.rstrip("/"))):
+        if not any(root.glob(name.rstrip("/") + "*")):  # a module may be named without its ending
             yield name
 
 
