@@ -257,6 +257,7 @@ def measured(*jobs: str) -> list[dict[str, int]]:
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_as_estimated() -> None:
     all_said = measured(*JOBS)
@@ -265,6 +266,7 @@ def test_memory_is_as_estimated() -> None:
         assert 0.7 < said["need"] / said["took"] < 1.3, (job, said)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_whole_slice_in_little_memory() -> None:
     path = str(files("mmsr") / "weights" / "phantom.safetensors")

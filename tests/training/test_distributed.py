@@ -25,6 +25,8 @@ from mmsr.core import SettingsError
 from mmsr.networks.weights import load_generator
 from mmsr.training.run_folder import list_checkpoints, load_checkpoint, read_history
 
+pytestmark = pytest.mark.slow
+
 WORKER = """
 import json, sys
 import torch

@@ -43,6 +43,8 @@ from mmsr.training.settings import LoopSettings
 from mmsr.training.sr_cyclegan import cyclegan_settings, train_sr_cyclegan
 from mmsr.training.sr_unit import train_sr_unit, unit_settings
 
+pytestmark = pytest.mark.slow
+
 KILLS = int(os.environ.get("MMSR_KILLS", "6"))
 LOOP = {
     "steps": 24,

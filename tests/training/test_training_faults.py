@@ -23,6 +23,8 @@ from mmsr.training.distributed import make_fabric
 from mmsr.training.run_folder import list_checkpoints, load_checkpoint, locked, read_history
 from mmsr.training.settings import HealthSettings, LoopSettings
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Any:
