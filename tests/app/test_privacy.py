@@ -169,6 +169,7 @@ def test_the_picture_of_a_result(patient: Path, weights: Path) -> None:
     assert leaked(repr(volume).encode()) == []
 
 
+@pytest.mark.slow
 def test_an_executed_notebook(patient: Path, weights: Path, tmp_path: Path) -> None:
     values = {"out": str(tmp_path / "sr"), "scan": str(patient), "weights": str(weights)}
     out = tmp_path / "notebook.ipynb"
