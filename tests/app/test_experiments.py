@@ -312,6 +312,7 @@ def test_hints_come_from_the_network_that_was_chosen() -> None:
     assert "did you mean" not in refusal({"octaves": 3})  # of a network, not of the run
 
 
+@pytest.mark.slow
 def test_what_snakemake_itself_refuses_is_told(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

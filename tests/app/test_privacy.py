@@ -118,6 +118,7 @@ def mmsr(*arguments: object, code: int = 0) -> str:
     return said.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [".mha", ".nrrd", ".nii", ".nii.gz", ".ome.zarr", ".dicom"])
 def test_volumes_maps_pictures_and_logs(
     patient: Path, weights: Path, tmp_path: Path, ending: str
