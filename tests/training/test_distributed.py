@@ -207,7 +207,6 @@ def assert_close_run(folder: Path, whole: Path) -> None:
         torch.testing.assert_close(*pools, rtol=0, atol=5e-3)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.parametrize("how", [by_hand, torchrun])
 def test_two_processes_are_one_with_twice_the_batch(
@@ -218,7 +217,6 @@ def test_two_processes_are_one_with_twice_the_batch(
     assert_close_run(folder, place / system)
 
 
-@pytest.mark.slow
 def test_two_tasks_of_slurm(place: Path, tmp_path: Path, slurm: dict[str, str]) -> None:
     folder = prepare(place, tmp_path / "slurm", SYSTEMS["SR-CycleGAN"])
     command = ["srun", "--ntasks=2", "--ntasks-per-node=2", "--overcommit", sys.executable]
@@ -233,7 +231,6 @@ def test_two_tasks_of_slurm(place: Path, tmp_path: Path, slurm: dict[str, str]) 
     assert_close_run(folder, place / "SR-CycleGAN")
 
 
-@pytest.mark.slow
 def test_go_on_with_another_number_of_processes(place: Path, tmp_path: Path) -> None:
     """One, then two, then one again: pools, moments and means are dealt out and gathered."""
     folder = prepare(place, tmp_path / "changing", SYSTEMS["SR-CycleGAN"])
@@ -243,7 +240,6 @@ def test_go_on_with_another_number_of_processes(place: Path, tmp_path: Path) -> 
     assert_close_run(folder, place / "SR-CycleGAN")
 
 
-@pytest.mark.slow
 def test_a_batch_that_cannot_be_dealt_out_is_refused(place: Path, tmp_path: Path) -> None:
     odd = SYSTEMS["SR-CycleGAN"].model_copy(update={"batch_size": 3})
     folder = prepare(place, tmp_path / "odd", odd)

@@ -248,7 +248,6 @@ def assert_same_run(folder: Path, whole: Path) -> None:
     assert not left, f"leftovers of killed writes: {left}"
 
 
-@pytest.mark.slow
 def test_the_pools_and_moments_are_compared(whole: Path) -> None:
     """The comparison below would be empty if checkpoints held less than they should."""
     state = load_checkpoint(list_checkpoints(whole / "run/checkpoints")[0])
@@ -261,7 +260,6 @@ def test_the_pools_and_moments_are_compared(whole: Path) -> None:
         assert_same(state, other)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_kill_at_random_moments(
     system: str, wholes: dict[str, Path], tmp_path: Path, nursery: Nursery
@@ -307,7 +305,6 @@ MOVES = ["config", "environment", "history", 4, "strip", 8, "strip", 12, 16, "st
 MOVES += ["strip", 24, "weights"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("when", "at"),
     [
@@ -335,7 +332,6 @@ def test_kill_while_a_file_is_moved_into_place(
     assert_same_run(folder, whole)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 6])
 def test_stop_and_go_on(folder: Path, whole: Path, stop: int) -> None:
     """A run that is told to stop writes a checkpoint wherever it is, and usable weights."""
@@ -350,7 +346,6 @@ def test_stop_and_go_on(folder: Path, whole: Path, stop: int) -> None:
     assert_same_run(folder, whole)
 
 
-@pytest.mark.slow
 def test_a_finished_run_is_left_alone(whole: Path) -> None:
     files = [path for path in (whole / "run").rglob("*") if path.suffix in (".pt", ".safetensors")]
     before = {path: path.stat().st_mtime_ns for path in files}
@@ -363,7 +358,6 @@ def test_a_finished_run_is_left_alone(whole: Path) -> None:
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.slow
 def test_history_equals_the_steps(whole: Path) -> None:
     history = read_history(whole / "run/history.csv")
     assert history["step"] == [*range(3, 24, 3), 24]
@@ -371,7 +365,6 @@ def test_history_equals_the_steps(whole: Path) -> None:
     assert all(np.isfinite(values).all() for values in history.values())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "foreign", "hostile"])
 def test_damaged_checkpoint(folder: Path, whole: Path, damage: str) -> None:
     """The newest is damaged: a warning names it, and the one before it is taken."""
@@ -422,7 +415,6 @@ def test_plain_pickle_is_not_opened(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.slow
 def test_other_settings_are_refused(folder: Path) -> None:
     train(folder, stop_at_step=1)
     other = SETTINGS.model_copy(update={"learning_rate": 1e-3, "steps": 50})
@@ -438,7 +430,6 @@ def test_other_settings_are_refused(folder: Path) -> None:
     assert train(folder, often, stop_at_step=2).step == 2  # decides no result: allowed
 
 
-@pytest.mark.slow
 def test_checkpoint_of_another_run_is_refused(folder: Path, whole: Path) -> None:
     """config.json was lost, or checkpoints were copied in."""
     train(folder, stop_at_step=1)
@@ -447,7 +438,6 @@ def test_checkpoint_of_another_run_is_refused(folder: Path, whole: Path) -> None
         train(folder, SETTINGS.model_copy(update={"seed": 1}))
 
 
-@pytest.mark.slow
 def test_other_patches_are_refused(folder: Path) -> None:
     train(folder, stop_at_step=1)
     x = open_bank(folder / "x")
@@ -458,7 +448,6 @@ def test_other_patches_are_refused(folder: Path) -> None:
         )
 
 
-@pytest.mark.slow
 def test_swapped_or_unfit_banks(folder: Path) -> None:
     x, y = open_bank(folder / "x"), open_bank(folder / "y")
     with pytest.raises(SettingsError, match="swapped"):
@@ -469,7 +458,6 @@ def test_swapped_or_unfit_banks(folder: Path) -> None:
     assert not (folder / "run").exists()
 
 
-@pytest.mark.slow
 def test_full_disk(folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk fills up in the middle of the second checkpoint; the first stays, and serves."""
     write = Path.write_bytes
@@ -492,7 +480,6 @@ def test_full_disk(folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -
     assert_same_run(folder, whole)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_full_disk_in_the_history(folder: Path) -> None:
     """A real ENOSPC from the kernel."""
@@ -502,14 +489,12 @@ def test_full_disk_in_the_history(folder: Path) -> None:
         history.append(1, {"cycle": 0.5})
 
 
-@pytest.mark.slow
 def test_folder_that_cannot_be_made(folder: Path) -> None:
     (folder / "run").write_text("a file")
     with pytest.raises(FileError, match="run folder cannot be made"):
         train(folder)
 
 
-@pytest.mark.slow
 def test_divergence_keeps_the_last_checkpoint(
     folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -531,7 +516,6 @@ def test_divergence_keeps_the_last_checkpoint(
     assert_same_run(folder, whole)
 
 
-@pytest.mark.slow
 def test_weights_that_are_not_finite_are_never_saved(folder: Path) -> None:
     """A gradient overflowed, the loss before it did not: the checkpoint is refused."""
     run = train(folder, stop_at_step=1)
@@ -547,7 +531,6 @@ def test_keep(tmp_path: Path) -> None:
     assert [load_checkpoint(path)["step"] for path in list_checkpoints(tmp_path)] == [30, 10, 2]
 
 
-@pytest.mark.slow
 def test_nothing_names_the_place_or_the_user(whole: Path) -> None:
     run = whole / "run"
     text = (run / "config.json").read_text() + (run / "environment.json").read_text()
@@ -562,7 +545,6 @@ def test_nothing_names_the_place_or_the_user(whole: Path) -> None:
     assert data["micro"]["fingerprint"] in record.data
 
 
-@pytest.mark.slow
 def test_the_callers_random_numbers_are_untouched(folder: Path) -> None:
     torch.manual_seed(3)
     expected = torch.rand(2)

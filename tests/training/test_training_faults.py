@@ -57,7 +57,6 @@ def last_row(folder: Path) -> dict[str, float]:
     return {name: values[-1] for name, values in read_history(folder / "run/history.csv").items()}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_bf16_and_the_layout_change_little(done: Path, tmp_path: Path, system: str) -> None:
     settings = SYSTEMS[system]
@@ -79,7 +78,6 @@ def test_bf16_and_the_layout_change_little(done: Path, tmp_path: Path, system: s
     assert row["total"] != pytest.approx(last_row(tmp_path / "bf16")["total"], rel=1e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     not (os.environ.get("MMSR_SLOW") and shutil.which("g++")),
     reason="minutes; runs with MMSR_SLOW=1 and a C++ compiler",
@@ -96,13 +94,11 @@ def test_compiled_networks_change_nothing_but_rounding(done: Path, tmp_path: Pat
         torch.testing.assert_close(plain, compiled_one, rtol=0, atol=1e-4)
 
 
-@pytest.mark.slow
 def test_precision_belongs_to_the_run(stopped: Path) -> None:
     with pytest.raises(SettingsError, match='precision: "32-true" → "bf16-mixed"'):
         train(stopped, fabric=make_fabric("cpu", precision="bf16"))
 
 
-@pytest.mark.slow
 def test_a_folder_of_another_system_is_refused(done: Path, stopped: Path) -> None:
     with pytest.raises(SettingsError, match=r'method: "SR-CycleGAN" → "SR-UNIT"'):
         train(stopped, UNIT_SETTINGS)
@@ -113,7 +109,6 @@ def test_a_folder_of_another_system_is_refused(done: Path, stopped: Path) -> Non
     assert (moved / "events.out.tfevents.mmsr").exists()
 
 
-@pytest.mark.slow
 def test_nothing_is_moved_when_the_new_run_cannot_start(stopped: Path) -> None:
     wide = SETTINGS.model_copy(
         update={"mmsr": SETTINGS.mmsr.model_copy(update={"ssim_window": (11, 1.5)})}
@@ -123,14 +118,12 @@ def test_nothing_is_moved_when_the_new_run_cannot_start(stopped: Path) -> None:
     assert not (stopped / "run/earlier-1").exists()
 
 
-@pytest.mark.slow
 def test_two_processes_in_one_folder(stopped: Path) -> None:
     with locked(stopped / "run"), pytest.raises(ResourceError, match="another process trains"):
         train(stopped)
     assert train(stopped).finished
 
 
-@pytest.mark.slow
 def test_results_without_checkpoints_are_not_overwritten(stopped: Path) -> None:
     shutil.rmtree(stopped / "run/checkpoints")
     before = (stopped / "run/weights.safetensors").read_bytes()
@@ -174,7 +167,6 @@ TAMPERED: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("what", TAMPERED)
 def test_tampered_checkpoint(stopped: Path, what: str) -> None:
     tamper(stopped, TAMPERED[what])
@@ -184,7 +176,6 @@ def test_tampered_checkpoint(stopped: Path, what: str) -> None:
     assert "step" in str(caught.value) or "settings" in str(caught.value)
 
 
-@pytest.mark.slow
 def test_damaged_and_foreign_weights_are_written_anew(done: Path, stopped: Path) -> None:
     weights = stopped / "run/weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
@@ -196,7 +187,6 @@ def test_damaged_and_foreign_weights_are_written_anew(done: Path, stopped: Path)
     assert weights.read_bytes() == whole
 
 
-@pytest.mark.slow
 def test_a_history_that_is_none(stopped: Path) -> None:
     history = stopped / "run/history.csv"
     good = history.read_text()
@@ -208,7 +198,6 @@ def test_a_history_that_is_none(stopped: Path) -> None:
         train(stopped)
 
 
-@pytest.mark.slow
 def test_curves_that_cannot_be_written_end_no_run(stopped: Path) -> None:
     curves = stopped / "run/events.out.tfevents.mmsr"
     curves.unlink()
@@ -217,7 +206,6 @@ def test_curves_that_cannot_be_written_end_no_run(stopped: Path) -> None:
         assert train(stopped).finished
 
 
-@pytest.mark.slow
 def test_blank_outputs_stop_a_run_and_only_warn_about_a_baseline(
     done: Path, tmp_path: Path
 ) -> None:
@@ -238,7 +226,6 @@ def test_blank_outputs_stop_a_run_and_only_warn_about_a_baseline(
         run("without", mmsr=SETTINGS.mmsr.model_copy(update=plain))
 
 
-@pytest.mark.slow
 def test_poisoned_bank(stopped: Path) -> None:
     """A float bank with a NaN that nobody wrote through this package."""
     x, y = open_bank(stopped / "x"), open_bank(stopped / "y")
@@ -265,7 +252,6 @@ except MMSRError as e:
 """
 
 
-@pytest.mark.slow
 def test_sigterm_is_an_orderly_end(done: Path, tmp_path: Path) -> None:
     """As Slurm ends a job: the step is finished, a checkpoint is written, one line is said."""
     folder = start_anew(done, tmp_path)
