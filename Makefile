@@ -27,8 +27,7 @@ hooks: setup     ## for those who change the project: notebooks merge cell by ce
 demo: setup      ## phantom -> training with and without the MMSR loss -> report (about 5 minutes on 2 cores)
 	$(BIN)/mmsr demo --cores $(CORES)
 
-quick: setup     ## style, structure, links, cheap pages and tests: under a minute
-	$(BIN)/ruff check -q . && $(BIN)/ruff format -q --check .
+quick: lint      ## style, types, structure, links, cheap pages and tests: under a minute
 	$(BIN)/python -m pytest -q -n $(CORES) -m "not slow"
 
 test: setup      ## every notebook and test, with the coverage of the package

@@ -85,6 +85,13 @@ def test_notebook_is_presentable(path: Path) -> None:
     assert any(c.outputs for c in code), "no outputs are committed"
 
 
+def test_versions_agree() -> None:
+    """A release is one number, told in three places."""
+    wanted = re.search(r"^version = (.+)$", (ROOT / "settings.ini").read_text("utf8"), re.M)[1]
+    assert f"\nversion: {wanted}\n" in (ROOT / "CITATION.cff").read_text("utf8")
+    assert f'__version__ = "{wanted}"' in (ROOT / "mmsr/__init__.py").read_text("utf8")
+
+
 @pytest.mark.skipif(not TRACKED, reason="not a git checkout")
 def test_no_data_is_tracked() -> None:
     data = (".dcm", ".nii", ".gz", ".mha", ".nrrd", ".tif", ".npy", ".pt")
