@@ -2,18 +2,27 @@
 
 import os
 import re
+import sys
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is loaded: threads of two would fight
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded, and for all that tests start
 
 slow = [HealthCheck.too_slow]  # says how busy the machine is
 settings.register_profile("suite", derandomize=True, deadline=None, suppress_health_check=slow)
 settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Take back the threads that a test or a page asked for: sums are made in one order."""
+    yield
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -52,10 +52,8 @@ SMALL_NETWORKS = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Leave the other cores alone in child processes."""
+def progress_as_text() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("MMSR_PROGRESS", "text")  # run_experiment sets it: put it back afterwards
         yield
 

@@ -4,7 +4,6 @@ import copy
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.resources import files
 
 import pytest
@@ -45,14 +44,6 @@ ARCHITECTURES: dict[str, tuple[type, dict]] = {
         {"latent": 32, "blocks": 1, "halvings_x": 2, "halvings_y": 2, "enlarged": 8},
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -137,15 +137,6 @@ def write_banks(folder: Path) -> tuple[PatchBank, PatchBank]:
     return banks[0], banks[1]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sum in one order, as the killed processes do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def wholes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Train each system without a break, once."""
