@@ -33,8 +33,9 @@ quick: lint      ## style, types, structure, links, cheap pages and tests: under
 test: setup      ## every notebook and test, with the coverage of the package
 	$(BIN)/python -m pytest -n $(CORES) --cov --cov-report=term --cov-fail-under=90
 
-nightly: setup bench ## hours: slow cells, many kills, the largest files, the benchmarks
+nightly: setup   ## hours: slow cells, many kills, the largest files, the benchmarks
 	MMSR_SLOW=1 MMSR_LARGE=1 MMSR_KILLS=20 $(BIN)/python -m pytest -n $(CORES) --timeout 3600
+	$(MAKE) bench
 
 lint: setup      ## style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
