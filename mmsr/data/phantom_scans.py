@@ -178,7 +178,7 @@ def _rounded(slices: list[np.ndarray], dtype: Any) -> np.ndarray:
     limits = np.iinfo(dtype)
     return np.rint(np.stack(slices)).clip(limits.min, limits.max).astype(dtype)
 
-# %% ../../nbs/1_data/03_phantom_scans.ipynb #f0ec0f8d
+# %% ../../nbs/1_data/03_phantom_scans.ipynb #e366cde4
 def _known_tubes(scene: Scene, heights: np.ndarray, masks: dict) -> list[KnownTube]:
     """List the tubes whose axis crosses a slice at a steep angle, inside the visible lung."""
     found = []
@@ -233,8 +233,8 @@ def _places(
     for name, score in scores.items():
         allowed = frame & masks[name][:, SCALE // 2 :: SCALE, SCALE // 2 :: SCALE]
         score = np.where(allowed if allowed.any() else frame, score, -np.inf)
-        z, y, x = np.unravel_index(score.argmax(), score.shape)
-        places[name] = (int(z), int(y), int(x))
+        at = np.unravel_index(score.argmax(), score.shape)
+        places[name] = (int(at[0]), int(at[1]), int(at[2]))
     return places
 
 # %% ../../nbs/1_data/03_phantom_scans.ipynb #60cd3ed8

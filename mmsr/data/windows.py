@@ -88,7 +88,10 @@ class Window(NamedTuple):
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Rebuild a window from `to_dict`, and refuse what is none (it comes from a file)."""
         try:
-            window = cls(**{k: (str if k == "unit" else float)(v) for k, v in values.items()})
+            plain: dict[str, Any] = {
+                k: str(v) if k == "unit" else float(v) for k, v in values.items()
+            }
+            window = cls(**plain)
         except (TypeError, ValueError):
             raise SettingsError(
                 f"window: expected numbers for air and tissue, and a unit, got {dict(values)}"
