@@ -115,11 +115,11 @@ def _airlike(array: np.ndarray, threshold_hu: float) -> tuple[np.ndarray, np.nda
             air[z] |= frame[z]
     return air, frame
 
-# %% ../../nbs/1_data/05_masks.ipynb #fe4c96c4
+# %% ../../nbs/1_data/05_masks.ipynb #3938b6f6
 def _airways(
-    array: np.ndarray, air: np.ndarray, spacing_mm: tuple[float, float, float], wall_mm: float
+    array: np.ndarray, air: np.ndarray, spacing_mm: tuple[float, float, float]
 ) -> np.ndarray:
-    """Return trachea and main bronchi with their wall (and, with them, gas in the bowel)."""
+    """Return the lumen of trachea and main bronchi (and, with them, gas in the bowel)."""
     dz, dy, dx = spacing_mm
     found = np.zeros(array.shape, bool)
     regions, counts = [], []
@@ -158,11 +158,16 @@ def _airways(
                 follows[0] = False
                 for i in np.flatnonzero(follows):
                     found[z] |= regions[z] == i
-    if found.any():
-        pipes = _box(found, [int(wall_mm / side) + 2 for side in spacing_mm])
-        lumen, steps, grid = _coarse(found[pipes], spacing_mm)
-        found[pipes] |= _fine(_away(~lumen, grid) <= wall_mm, steps, found[pipes].shape)
     return found
+
+
+def _widen(mask: np.ndarray, spacing_mm: Sequence[float], by_mm: float) -> np.ndarray:
+    """Grow a mask, in place, by a ball."""
+    if mask.any():
+        box = _box(mask, [int(by_mm / side) + 2 for side in spacing_mm])
+        coarse, steps, grid = _coarse(mask[box], spacing_mm)
+        mask[box] |= _fine(_away(~coarse, grid) <= by_mm, steps, mask[box].shape)
+    return mask
 
 # %% ../../nbs/1_data/05_masks.ipynb #0604879d
 def _lungs_of(
@@ -253,7 +258,7 @@ def lung_mask(
     if air.any():
         whole = _box(air, pad)
         air, cut, array, inner = air[whole], cut[whole], array[whole], mask[whole]  # views
-        airways = _airways(array, air, spacing, wall_mm)
+        airways = _widen(_airways(array, air, spacing), spacing, wall_mm)
         air[airways] = False
         labels, n = _labelled(air, 6)
         del air
