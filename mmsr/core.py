@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['RESEARCH_ONLY', 'DECIDING', 'MMSRError', 'ShapeError', 'RangeError', 'GeometryError', 'FileError', 'SettingsError',
-           'ResourceError', 'refusal', 'seeded', 'atomic_write', 'write_json', 'read_json', 'fingerprint', 'Settings',
-           'environment', 'available_memory', 'progress_bar', 'show_patches', 'add_scale_bar']
+           'ResourceError', 'refusal', 'seeded', 'disk_errors', 'atomic_write', 'write_json', 'read_json',
+           'fingerprint', 'Settings', 'environment', 'available_memory', 'progress_bar', 'show_patches',
+           'add_scale_bar']
 
 # %% ../nbs/00_core.ipynb #2e70cbc5
 import difflib
@@ -14,6 +15,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -82,6 +84,27 @@ def seeded(seed: int, *path: int | str) -> np.random.Generator:
 
 # %% ../nbs/00_core.ipynb #9d7dc915
 @contextmanager
+def disk_errors(name: str | Path) -> Iterator[None]:
+    """Say in one line why something was not written: the disk is full, or what the system says."""
+    try:
+        yield
+    except MMSRError:
+        raise
+    except (OSError, ValueError) as e:  # tensorstore gives ValueError, with the system's code
+        first = e.__cause__ or e  # pydicom wraps what the system said
+        code = re.search(r"os_error_code='(\d+)'", str(e))
+        if not (code or isinstance(first, OSError)):
+            raise
+        number = int(code[1]) if code else getattr(first, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ResourceError(
+                f"{name}: not written, the disk is full; free some space and run again"
+            ) from e
+        reason = os.strerror(number) if number else first
+        raise FileError(f"{name}: not written ({reason})") from e
+
+
+@contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside `path`, of the same endings; move it there if the block ends well.
 
@@ -91,25 +114,19 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     if not path.parent.is_dir():
         raise FileError(f"{path}: its folder does not exist; create {path.parent} first")
-    temporary = None
-    try:
+    with disk_errors(path):
         handle, name = tempfile.mkstemp("".join(path.suffixes), f".{path.name}.", path.parent)
         os.close(handle)
         temporary = Path(name)
-        yield temporary
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, path)
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            text = f"{path}: not written, the disk is full; free some space and run again"
-            raise ResourceError(text) from e
-        raise FileError(f"{path}: not written ({e.strerror or e})") from e
-    finally:
-        if temporary:
+        try:
+            yield temporary
+            with open(temporary, "rb+") as f:
+                os.fsync(f.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            os.replace(temporary, path)
+        finally:
             temporary.unlink(missing_ok=True)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+from numpy import ndarray
 from scipy import ndimage, sparse
 
 from ..core import RangeError
@@ -17,14 +18,14 @@ from .volume import AIR_HU, Volume
 from .windows import Window, micro_window
 
 # %% ../../nbs/1_data/05_masks.ipynb #176904ff
-def _filled(mask: np.ndarray) -> np.ndarray:
+def _filled(mask: ndarray) -> ndarray:
     """Fill what the mask encloses; in numpy's order of axes, as the library's is the other one."""
     import fill_voids
 
     return np.asarray(fill_voids.fill(mask.T).T)
 
 
-def _labelled(mask: np.ndarray, neighbours: Literal[4, 6, 8, 26]) -> tuple[np.ndarray, int]:
+def _labelled(mask: ndarray, neighbours: Literal[4, 6, 8, 26]) -> tuple[ndarray, int]:
     """Number what hangs together in a mask; return how many there are, too."""
     import cc3d
 
@@ -33,7 +34,7 @@ def _labelled(mask: np.ndarray, neighbours: Literal[4, 6, 8, 26]) -> tuple[np.nd
     return labels, n
 
 
-def _away(mask: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
+def _away(mask: ndarray, spacing_mm: Sequence[float]) -> ndarray:
     """Return how far inside the mask each voxel lies, mm; the image's frame is no boundary."""
     import edt
 
@@ -41,7 +42,7 @@ def _away(mask: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
     return edt.edt(bits, anisotropy=tuple(spacing_mm), black_border=False, parallel=2)
 
 
-def _box(mask: np.ndarray, pad: Sequence[int] = (0, 0, 0)) -> tuple[slice, ...]:
+def _box(mask: ndarray, pad: Sequence[int] = (0, 0, 0)) -> tuple[slice, ...]:
     """Return the smallest box around a mask, padded as far as the image goes."""
     box = []
     for axis, extra in zip(range(mask.ndim), pad, strict=False):
@@ -50,16 +51,14 @@ def _box(mask: np.ndarray, pad: Sequence[int] = (0, 0, 0)) -> tuple[slice, ...]:
     return tuple(box)
 
 
-def _coarse(
-    mask: np.ndarray, spacing_mm: Sequence[float]
-) -> tuple[np.ndarray, list[int], list[float]]:
+def _coarse(mask: ndarray, spacing_mm: Sequence[float]) -> tuple[ndarray, list[int], list[float]]:
     """Take every second voxel along axes of a millimetre or less; return the steps and new sides."""
     steps = [2 if side <= 1 else 1 for side in spacing_mm]
     taken = mask[tuple(slice(None, None, step) for step in steps)]
     return taken, steps, [side * step for side, step in zip(spacing_mm, steps, strict=True)]
 
 
-def _fine(coarse: np.ndarray, steps: Sequence[int], shape: Sequence[int]) -> np.ndarray:
+def _fine(coarse: ndarray, steps: Sequence[int], shape: Sequence[int]) -> ndarray:
     """Repeat a coarse mask to the shape of the fine one."""
     for axis, step in enumerate(steps):
         coarse = coarse.repeat(step, axis)
@@ -71,15 +70,15 @@ GAS_HU = -950.0  # below it there is more gas than even emphysema has on average
 LUMEN_MM2 = (50.0, 900.0)  # 8 to 34 mm across: trachea and main bronchi, but no lobe's
 
 
-def _open(plane: np.ndarray) -> np.ndarray:
+def _open(plane: ndarray) -> ndarray:
     """Return the part of a slice's mask that hangs together with the frame."""
     return ~_filled(~plane)
 
 
-def _airlike(array: np.ndarray, threshold_hu: float) -> tuple[np.ndarray, np.ndarray]:
+def _airlike(array: ndarray, threshold_hu: float) -> tuple[ndarray, ndarray]:
     """Return what is below the threshold, without air around the body, and what the frame cuts."""
     air = array < threshold_hu
-    regions: list[np.ndarray] = []  # of each slice, numbered through the slices by `first`
+    regions: list[ndarray] = []  # of each slice, numbered through the slices by `first`
     first, size, dark = [0], [], []
     pairs = [np.empty((2, 0), np.int64)]
     rows, columns = (side // 4 * 4 for side in array.shape[1:])
@@ -116,9 +115,7 @@ def _airlike(array: np.ndarray, threshold_hu: float) -> tuple[np.ndarray, np.nda
     return air, frame
 
 # %% ../../nbs/1_data/05_masks.ipynb #3938b6f6
-def _airways(
-    array: np.ndarray, air: np.ndarray, spacing_mm: tuple[float, float, float]
-) -> np.ndarray:
+def _airways(array: ndarray, air: ndarray, spacing_mm: Sequence[float]) -> ndarray:
     """Return the lumen of trachea and main bronchi (and, with them, gas in the bowel)."""
     dz, dy, dx = spacing_mm
     found = np.zeros(array.shape, bool)
@@ -161,7 +158,7 @@ def _airways(
     return found
 
 
-def _widen(mask: np.ndarray, spacing_mm: Sequence[float], by_mm: float) -> np.ndarray:
+def _widen(mask: ndarray, spacing_mm: Sequence[float], by_mm: float) -> ndarray:
     """Grow a mask, in place, by a ball."""
     if mask.any():
         box = _box(mask, [int(by_mm / side) + 2 for side in spacing_mm])
@@ -170,9 +167,7 @@ def _widen(mask: np.ndarray, spacing_mm: Sequence[float], by_mm: float) -> np.nd
     return mask
 
 # %% ../../nbs/1_data/05_masks.ipynb #0604879d
-def _lungs_of(
-    piece: np.ndarray, array: np.ndarray, spacing_mm: tuple[float, float, float]
-) -> list[np.ndarray]:
+def _lungs_of(piece: ndarray, array: ndarray, spacing_mm: Sequence[float]) -> list[ndarray]:
     """Return one lung, or two that touch, parted where they are thin; none for gas in the bowel."""
     coarse, steps, grid = _coarse(piece, spacing_mm)
     depth = _away(coarse, grid)
@@ -191,8 +186,8 @@ def _lungs_of(
 
 
 def _closed(
-    lung: np.ndarray, spacing_mm: tuple[float, float, float], closing_mm: float, hole_mm2: float
-) -> np.ndarray:
+    lung: ndarray, spacing_mm: Sequence[float], closing_mm: float, hole_mm2: float
+) -> ndarray:
     """Close by a ball, then fill holes in 3-D and those of a slice that are small."""
     coarse, steps, grid = _coarse(lung, spacing_mm)
     # beyond the image's frame, a lung that it cuts goes straight on, and tissue stays tissue
@@ -223,7 +218,7 @@ def lung_mask(
     closing_mm: float = 10.0,
     hole_mm2: float = 700.0,
     wall_mm: float = 2.0,
-) -> np.ndarray:
+) -> ndarray:
     """Find the lungs with their vessels and pleural lesions, without trachea and main bronchi (R10).
 
     Parameters
@@ -285,7 +280,7 @@ def lung_mask(
 # %% ../../nbs/1_data/05_masks.ipynb #4c73a022
 def specimen_mask(
     volume: Volume, *, window: Window | None = None, block_mm: float = 0.25, min_share: float = 0.05
-) -> np.ndarray:
+) -> ndarray:
     """Find the specimen in a µCT scan, its air spaces included.
 
     Parameters

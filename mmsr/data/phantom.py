@@ -428,11 +428,8 @@ def hr_slice(scene: Scene, z_mm: float) -> HRSlice:
 
 def _tumour_distance(scene: Scene, z_mm: float, fine: ndarray) -> tuple[ndarray, ndarray]:
     """Measure the distance from the tumour, mm, and how near it is without its spicules (0 to 1)."""
-    noise, (y, x), (cz, cy, cx, radius) = (
-        partial(scene.noise, z_mm),
-        _axes(scene.size),
-        scene.tumour,
-    )
+    noise, (y, x) = partial(scene.noise, z_mm), _axes(scene.size)
+    cz, cy, cx, radius = scene.tumour
     lobes = 1 + 0.09 * noise("lumps", 0.8 * radius) + 0.06 * noise("lobes", 0.3 * radius)
     tumour = np.sqrt((z_mm - cz) ** 2 + (y - cy) ** 2 + (x - cx) ** 2) - radius * lobes
     tumour = (tumour - 0.16 * noise("buds", 1.1) - 0.08 * fine).astype(np.float32)

@@ -10,6 +10,7 @@ __all__ = ['SLICE_MM', 'clinical_slice', 'MicroScanner', 'micro_curve', 'micro_s
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy import ndarray
 from numpy.random import Generator
 from scipy import ndimage
 
@@ -32,13 +33,13 @@ SLICE_MM = 0.6
 
 
 def clinical_slice(
-    hu: np.ndarray,
+    hu: ndarray,
     rng: Generator,
     *,
     psf_mm: float = 0.8,
     noise_hu: float = 24.0,
     noise_mm: float = 0.3,
-) -> np.ndarray:
+) -> ndarray:
     """Look at thin slices, shape (8h, 8w) or (n, 8h, 8w), through a clinical scanner: (h, w).
 
     The point spread in plane is a Gaussian of full width `psf_mm` at half its height; the noise has
@@ -68,14 +69,14 @@ class MicroScanner(NamedTuple):
     ring: float = 0.02  # the same
 
 
-def micro_curve(hu: np.ndarray, scanner: MicroScanner) -> np.ndarray:
+def micro_curve(hu: ndarray, scanner: MicroScanner) -> ndarray:
     """Map HU to a µCT's grey value, monotonically (float32)."""
     share = np.clip((np.asarray(hu, np.float32) - AIR_HU) / (TISSUE_HU - AIR_HU), 0, 2)
     step = np.float32(scanner.tissue - scanner.air)
     return np.float32(scanner.air) + step * share ** np.float32(scanner.bow)
 
 
-def micro_slice(hu: np.ndarray, rng: Generator, scanner: MicroScanner) -> np.ndarray:
+def micro_slice(hu: ndarray, rng: Generator, scanner: MicroScanner) -> ndarray:
     """Look at a thin slice, shape (h, w), through a µCT scanner (float32)."""
     (h, w), step = hu.shape, np.float32(scanner.tissue - scanner.air)
     grey = ndimage.gaussian_filter(micro_curve(hu, scanner), 0.5, truncate=3)
@@ -103,7 +104,7 @@ class PhantomCase(NamedTuple):
 
     clinical: Volume
     truth: Volume
-    masks: dict[str, np.ndarray]  # lung, vessel, bronchus, tumour on the truth grid
+    masks: dict[str, ndarray]  # lung, vessel, bronchus, tumour on the truth grid
     places: dict[str, tuple[int, int, int]]  # z, y, x on the clinical grid
     geometry: list[KnownTube]
 
@@ -173,13 +174,13 @@ def clinical_case(
     return PhantomCase(scan, truth, masks, _places(scene, masks, geometry), geometry)
 
 
-def _rounded(slices: list[np.ndarray], dtype: Any) -> np.ndarray:
+def _rounded(slices: list[ndarray], dtype: Any) -> ndarray:
     """Round slices into an array of whole numbers."""
     limits = np.iinfo(dtype)
     return np.rint(np.stack(slices)).clip(limits.min, limits.max).astype(dtype)
 
 # %% ../../nbs/1_data/03_phantom_scans.ipynb #e366cde4
-def _known_tubes(scene: Scene, heights: np.ndarray, masks: dict) -> list[KnownTube]:
+def _known_tubes(scene: Scene, heights: ndarray, masks: dict) -> list[KnownTube]:
     """List the tubes whose axis crosses a slice at a steep angle, inside the visible lung."""
     found = []
     a, b = scene.tubes[:, :4].astype(float), scene.tubes[:, 4:8].astype(float)
@@ -210,10 +211,10 @@ def _places(
     frame = np.zeros((n, side, side), bool)
     frame[:, edge : side - edge, edge : side - edge] = True
 
-    def around(image: np.ndarray, reach: int = 20) -> np.ndarray:
+    def around(image: ndarray, reach: int = 20) -> ndarray:
         return ndimage.uniform_filter(image, (0, reach, reach), mode="nearest")
 
-    def beside(aim: np.ndarray) -> np.ndarray:
+    def beside(aim: ndarray) -> ndarray:
         at = (np.arange(side) + 0.5) * SCALE * PIXEL_MM
         return np.exp(-((at[:, None] - aim[1]) ** 2 + (at - aim[2]) ** 2) / (2 * 5.0**2))
 

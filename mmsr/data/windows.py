@@ -72,13 +72,12 @@ class Window(NamedTuple):
             )
         return unit
 
-    def from_unit(self, unit: ArrayLike) -> np.ndarray:
-        """Map [−1, 1] back to the scan's unit (float32), exactly where nothing was clipped."""
-        values = np.array(unit, np.float32)
-        values -= np.float32(AIR_LEVEL)
-        values /= np.float32(self.gain)
-        values += np.float32(self.air)
-        return values
+    def from_unit(self, unit: Any) -> Any:
+        """Undo `to_unit` where nothing was clipped; a float32 array or tensor is changed in place."""
+        unit -= AIR_LEVEL
+        unit /= self.gain
+        unit += self.air
+        return unit
 
     def to_dict(self) -> dict[str, float | str]:
         """Return plain values that JSON can hold."""
