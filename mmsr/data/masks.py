@@ -191,11 +191,10 @@ def _closed(
     """Close by a ball, then fill holes in 3-D and those of a slice that are small."""
     coarse, steps, grid = _coarse(lung, spacing_mm)
     # beyond the image's frame, a lung that it cuts goes straight on, and tissue stays tissue
-    ends = []
-    for axis, length in enumerate(grid):
-        hit = np.flatnonzero(coarse.any(tuple({0, 1, 2} - {axis})))
-        near = hit[0], coarse.shape[axis] - 1 - hit[-1]
-        ends.append([max(0, int(closing_mm / length) + 2 - int(n)) for n in near])
+    ends = [
+        [max(0, int(closing_mm / step) + 2 - int(near)) for near in (hit.start, side - hit.stop)]
+        for hit, side, step in zip(_box(coarse), coarse.shape, grid, strict=True)
+    ]
     closed = _away(~np.pad(coarse, ends, "edge"), grid) <= closing_mm
     rim = max((step - 1) * side / 2 for step, side in zip(steps, spacing_mm, strict=True))
     closed = _away(closed, grid) > closing_mm + rim  # no wider than lung
