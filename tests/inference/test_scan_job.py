@@ -251,7 +251,8 @@ torch.set_num_threads(1)
 from mmsr.networks.weights import load_generator
 from mmsr.scans.read import read_volume
 from mmsr.inference.scan_job import ScanTargets, super_resolve_scan
-from mmsr.data.volume import SliceReader, Volume
+from mmsr.data.volume import Volume
+from mmsr.scans.slices import SliceReader
 from mmsr.scans.write import write_volume
 folder, ending, side = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 g1, record = load_generator(folder / "w.safetensors")

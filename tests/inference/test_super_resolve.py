@@ -91,12 +91,12 @@ def test_a_gpu_keeps_all_digits_whatever_was_switched_before() -> None:
         earlier += [f"{p}.fp32_precision = '{how}'" for p in places for how in ("ieee", "tf32")]
     script = """
 import os, sys, torch
-from mmsr.training.distributed import _whole_digits, deterministic_fp32
+from mmsr.training.distributed import _tf32_switch, deterministic_fp32
 cudnn = torch.backends.cudnn
 for line in sys.argv[1:]:
     if os.fork() == 0:  # the switches are the process's
         exec(line)
-        owner, name, exact = _whole_digits()
+        owner, name, exact = _tf32_switch()
         before = getattr(owner, name), cudnn.deterministic, cudnn.benchmark
         with deterministic_fp32():
             assert (getattr(owner, name), cudnn.deterministic) == (exact, True), line
