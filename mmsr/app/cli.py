@@ -34,13 +34,13 @@ from mmsr.core import (
     available_memory,
     environment,
 )
+from ..scans.output_plan import is_stamped, unfinished
 from ..scans.read import read_mask, read_volume
-from ..scans.resumable_output import is_stamped, unfinished
 from ..scans.scan_summary import info_picture, info_text, scan_info
 from ..scans.write import WRITABLE, format_of
 
 if TYPE_CHECKING:
-    from mmsr.inference.super_resolve import ScanSummary
+    from mmsr.inference.sr_slices import ScanSummary
 
 # %% ../../nbs/8_app/06_cli.ipynb #dcd11dbb
 MASK_BYTES = 11  # of memory for each voxel of a scan whose lung is enclosed (measured)
@@ -144,7 +144,7 @@ def super_resolve(
         run_scan,
         time_one_slice,
     )
-    from mmsr.inference.super_resolve import SROptions, SRSlice
+    from mmsr.inference.sr_slices import SROptions, SRSlice
     from mmsr.networks.weights import load_generator
     from mmsr.training.distributed import choose_device
 

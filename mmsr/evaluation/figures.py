@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from ..core import RESEARCH_ONLY, RangeError, SettingsError, ShapeError, add_scale_bar
 from ..data.volume import Volume, block_mean
-from ..inference.super_resolve import SRSlice
+from ..inference.sr_slices import SRSlice
 from ..training.run_folder import read_history
 
 # %% ../../nbs/7_evaluation/03_figures.ipynb #05acb265

@@ -26,7 +26,7 @@ from ..data.masks import lung_mask
 from ..data.volume import enlarge_nearest, sr_geometry
 from ..data.windows import CLINICAL_WINDOW
 from .metrics import SliceMeasures, measure_slice
-from ..inference.super_resolve import enlarge_bicubic
+from ..inference.sr_slices import enlarge_bicubic
 from mmsr.scans.cases import (
     Case,
     NonEmpty,

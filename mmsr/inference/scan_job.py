@@ -16,32 +16,24 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from mmsr.inference.sr_slices import (
+    ScanSummary,
+    SROptions,
+    SRSlice,
+    check_scan,
+    summarise,
+    super_resolve_slices,
+)
+from ..scans.output_plan import Output, OutputPlan, is_finished, plan_outputs, unfinished
 from tqdm import tqdm
 
 from .. import __version__
 from ..core import ResourceError, SettingsError, fingerprint, progress_bar
 from ..data.volume import Volume
 from .memory import BATCHES_IN_FLIGHT
-from mmsr.inference.super_resolve import (
-    ScanSummary,
-    SROptions,
-    SRSlice,
-    check_memory,
-    check_scan,
-    sr_outputs,
-    summarise,
-    super_resolve_slices,
-)
+from .super_resolve import check_memory, sr_outputs
 from ..networks.weights import G1Network, ModelCard
-from mmsr.scans.resumable_output import (
-    QUEUE,
-    Output,
-    OutputPlan,
-    is_finished,
-    open_resumable_output,
-    plan_outputs,
-    unfinished,
-)
+from ..scans.resumable_output import QUEUE, open_resumable_output
 from ..scans.write import disk_needed, free_space
 
 # %% ../../nbs/6_inference/05_scan_job.ipynb #1302134a
@@ -79,19 +71,16 @@ class ScanJob(NamedTuple):
 
     def lines(self, seconds: float) -> list[str]:
         """Say it for people; `seconds` are those of a slice."""
-        grids = (
-            "{2} x {1} x {0} voxels of {5:.4f} x {4:.4f} x {3:.4g} mm".format(
-                *one.array.shape, *one.spacing_mm
-            )
-            for one in (self.volume, self.output.outputs["sr"].volume)
-        )
+        text = "{2} x {1} x {0} voxels of {5:.4f} x {4:.4f} x {3:.4g} mm"
+        both = self.volume, self.output.outputs["sr"].volume
+        scan, sr = (text.format(*one.array.shape, *one.spacing_mm) for one in both)
         memory, disk = (tqdm.format_sizeof(size, "B") for size in (self.memory, self.disk))
         total = timedelta(seconds=round(seconds * len(self.volume.array)))
         return [
-            "scan:   " + next(grids),
-            "result: " + next(grids),
+            f"scan:   {scan}",
+            f"result: {sr}",
             f"needs:  {memory} of memory, up to {disk} of disk",
-            f"time:   about {seconds:.2g} s a slice, {total} (h:min:s) in all",
+            f"time:   about {seconds:.1f} s a slice, {total} (h:min:s) in all",
         ]
 
 # %% ../../nbs/6_inference/05_scan_job.ipynb #4eca7cfb

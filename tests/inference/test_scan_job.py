@@ -25,11 +25,12 @@ from mmsr.inference.scan_job import (
     plan_scan,
     super_resolve_scan,
 )
-from mmsr.inference.super_resolve import SROptions, super_resolve
+from mmsr.inference.sr_slices import SROptions
+from mmsr.inference.super_resolve import super_resolve
 from mmsr.networks.generators import G1Settings, SRGenerator, build_g1
 from mmsr.networks.weights import ModelCard, load_generator, save_generator
+from mmsr.scans.output_plan import unfinished
 from mmsr.scans.read import read_volume
-from mmsr.scans.resumable_output import unfinished
 from mmsr.scans.write import write_volume
 
 REAL = os.environ.get("MMSR_REAL_DATA")
@@ -434,7 +435,7 @@ def test_a_plan_says_what_it_takes(scan: Path, weights: Path, tmp_path: Path) ->
     *grids, needs, time_needed = job._replace(memory=168_000_000, disk=16_800_000_000).lines(950.0)
     assert grids[1] == "result: 256 x 320 x 12 voxels of 0.0750 x 0.0875 x 2 mm"
     assert needs == "needs:  168MB of memory, up to 16.8GB of disk"
-    assert time_needed == "time:   about 9.5e+02 s a slice, 3:10:00 (h:min:s) in all"
+    assert time_needed == "time:   about 950.0 s a slice, 3:10:00 (h:min:s) in all"
 
 
 def test_another_job_is_not_mixed_in(scan: Path, weights: Path, tmp_path: Path) -> None:

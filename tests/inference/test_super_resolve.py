@@ -10,13 +10,8 @@ import torch
 from mmsr.core import MMSRError, ResourceError, seeded
 from mmsr.data.volume import Volume, block_mean
 from mmsr.data.windows import CLINICAL_WINDOW
-from mmsr.inference.super_resolve import (
-    SROptions,
-    _ahead,
-    enlarge_bicubic,
-    super_resolve,
-    super_resolve_slices,
-)
+from mmsr.inference.sr_slices import SROptions, _ahead, enlarge_bicubic, super_resolve_slices
+from mmsr.inference.super_resolve import super_resolve
 from mmsr.networks.generators import G1Settings, SRGenerator, build_g1
 from mmsr.networks.weights import ModelCard
 
@@ -127,7 +122,7 @@ def test_too_little_memory_on_the_device_is_said_in_a_line(
     def fail(*_: object) -> None:
         raise raised
 
-    monkeypatch.setattr("mmsr.inference.super_resolve._finish", fail)
+    monkeypatch.setattr("mmsr.inference.sr_slices._finish", fail)
     g1, volume = tiny(), volume_of(np.zeros((1, 12, 9)))
     with pytest.raises(kind) as e:
         list(super_resolve_slices(volume, [0], g1, record_of(g1), SROptions()))

@@ -12,13 +12,8 @@ import numpy as np
 
 from mmsr.core import seeded
 from mmsr.data.volume import Volume
-from mmsr.scans.resumable_output import (
-    Output,
-    ResumableOutput,
-    open_resumable_output,
-    placeholder,
-    plan_outputs,
-)
+from mmsr.scans.output_plan import Output, placeholder, plan_outputs
+from mmsr.scans.resumable_output import ResumableOutput, open_resumable_output
 
 SLICES = 9
 JOB = {"scan": "abc"}

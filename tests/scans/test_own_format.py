@@ -9,7 +9,7 @@ from export_job import SLICES, outputs, plane, run
 from mmsr.core import FileError, RangeError, ShapeError, seeded
 from mmsr.data.volume import Volume
 from mmsr.scans import write
-from mmsr.scans.resumable_output import is_finished, is_stamped, plan_outputs, unfinished
+from mmsr.scans.output_plan import is_finished, is_stamped, plan_outputs, unfinished
 from mmsr.scans.slice_writers import Format, Target, Writer, write_piece
 from mmsr.scans.write import check_writable, disk_needed, format_of, write_volume
 
