@@ -16,6 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
+
+from .. import __version__
+from ..core import ResourceError, SettingsError, fingerprint, progress_bar
+from ..data.volume import Volume
+from .memory import BATCHES_IN_FLIGHT
 from mmsr.inference.sr_slices import (
     ScanSummary,
     SROptions,
@@ -24,15 +30,9 @@ from mmsr.inference.sr_slices import (
     summarise,
     super_resolve_slices,
 )
-from ..scans.output_plan import Output, OutputPlan, is_finished, plan_outputs, unfinished
-from tqdm import tqdm
-
-from .. import __version__
-from ..core import ResourceError, SettingsError, fingerprint, progress_bar
-from ..data.volume import Volume
-from .memory import BATCHES_IN_FLIGHT
 from .super_resolve import check_memory, sr_outputs
 from ..networks.weights import G1Network, ModelCard
+from ..scans.output_plan import Output, OutputPlan, is_finished, plan_outputs, unfinished
 from ..scans.resumable_output import QUEUE, open_resumable_output
 from ..scans.write import disk_needed, free_space
 
