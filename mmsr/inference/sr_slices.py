@@ -137,30 +137,14 @@ class SROptions(Settings):
 
 # %% ../../nbs/6_inference/03b_sr_slices.ipynb #1d9b99bd
 class SRSlice(NamedTuple):
-    """One super-resolved slice, and what to know about it.
+    """One super-resolved slice in HU, and what to know about it."""
 
-    Parameters
-    ----------
-    z : int
-        Which slice of the scan.
-    sr : ndarray of int16, shape (8h, 8w)
-        HU.
-    consistency : ndarray of float32, shape (h, w)
-        f(SR) − input, HU.
-    uncertainty : ndarray of int16, shape (8h, 8w), optional
-        TTA spread: standard deviation over eight poses, HU.
-    clipped : int
-        Input voxels outside the window, whose excess was added back.
-    saturated : int
-        SR voxels cut off at the ends of int16.
-    """
-
-    z: int
-    sr: np.ndarray
-    consistency: np.ndarray
-    uncertainty: np.ndarray | None
-    clipped: int
-    saturated: int
+    z: int  # which slice of the scan
+    sr: np.ndarray  # int16 (8h, 8w)
+    consistency: np.ndarray  # f(SR) − input, float32 (h, w)
+    uncertainty: np.ndarray | None  # TTA spread: deviation over eight poses, int16 (8h, 8w)
+    clipped: int  # input voxels outside the window, whose excess was added back
+    saturated: int  # SR voxels cut off at the ends of int16
 
     def facts(self, mask: np.ndarray | None = None) -> dict[str, float]:
         """Count and sum what `ScanSummary` needs, the consistency in the mask (z, h, w) only."""

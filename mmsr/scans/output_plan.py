@@ -67,25 +67,10 @@ class OutputPlan(NamedTuple):
 
 
 def plan_outputs(outputs: Mapping[str, Output], job: Mapping[str, Any]) -> OutputPlan:
-    """Check what a job is to write, and collect what decides it.
+    """Check what a job is to write, volumes by name, and collect what decides it.
 
-    Parameters
-    ----------
-    outputs : dict of str to Output
-        The volumes to be made, by name, with the same number of slices.
-    job : dict
-        What decides the result (fingerprints of scan and weights, settings): what JSON can hold.
-        Only the same job goes on with what is there.
-
-    Returns
-    -------
-    OutputPlan
-        Links are followed: what they name is made and replaced, not the link.
-
-    Raises
-    ------
-    MMSRError
-        If an output cannot be written (see `check_writable`).
+    `job` (fingerprints of scan and weights, settings) holds what JSON can hold; only the same job
+    goes on with what is there. Links are followed: what they name is made and replaced.
     """
     outputs = {n: o._replace(path=Path(os.path.realpath(o.path))) for n, o in outputs.items()}
     slices, *others = {len(output.volume.array) for output in outputs.values()}
