@@ -11,6 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+
+from ..core import RESEARCH_ONLY, ResourceError, available_memory, progress_bar
+from ..data.volume import Volume, sr_geometry
+from .memory import BATCHES_IN_FLIGHT, memory_needed
 from mmsr.inference.sr_slices import (
     ScanSummary,
     SROptions,
@@ -18,12 +22,8 @@ from mmsr.inference.sr_slices import (
     summarise,
     super_resolve_slices,
 )
-from ..scans.output_plan import placeholder
-
-from ..core import RESEARCH_ONLY, ResourceError, available_memory, progress_bar
-from ..data.volume import Volume, sr_geometry
-from .memory import BATCHES_IN_FLIGHT, memory_needed
 from ..networks.weights import G1Network, ModelCard
+from ..scans.output_plan import placeholder
 
 # %% ../../nbs/6_inference/04_super_resolve.ipynb #4c8de243
 def check_memory(
