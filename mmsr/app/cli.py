@@ -34,13 +34,13 @@ from mmsr.core import (
     available_memory,
     environment,
 )
+from ..scans.output_plan import is_stamped, unfinished
 from ..scans.read import read_mask, read_volume
-from ..scans.resumable_output import is_stamped, unfinished
 from ..scans.scan_summary import info_picture, info_text, scan_info
-from ..scans.write import writable_suffix
+from ..scans.write import WRITABLE, format_of
 
 if TYPE_CHECKING:
-    from mmsr.inference.scan_job import ScanSummary
+    from mmsr.inference.sr_slices import ScanSummary
 
 # %% ../../nbs/8_app/06_cli.ipynb #dcd11dbb
 MASK_BYTES = 11  # of memory for each voxel of a scan whose lung is enclosed (measured)
@@ -85,9 +85,7 @@ def _part(text: str) -> tuple[int, int]:
 @app.command("super-resolve")
 def super_resolve(
     scan: Annotated[Path, typer.Argument(help="DICOM folder, .nii(.gz), .nrrd or .mha, in HU")],
-    out: Annotated[
-        Path, typer.Argument(help="to write: .ome.zarr, .mha, .nrrd, .nii, .nii.gz or .dicom")
-    ],
+    out: Annotated[Path, typer.Argument(help=f"to write: {', '.join(WRITABLE)}")],
     slices: Annotated[
         str | None, typer.Option(help="FIRST:END, counted from 0, e.g. 60:62")
     ] = None,
@@ -109,7 +107,7 @@ def super_resolve(
         Path | None, typer.Option(help="also write f(SR) - input in HU, on the scan's grid")
     ] = None,
     uncertainty: Annotated[
-        Path | None, typer.Option(help="also write the spread over 8 poses in HU; 8 x the time")
+        Path | None, typer.Option(help="also write the TTA spread (8 poses) in HU; 8 x the time")
     ] = None,
     part: Annotated[
         str | None, typer.Option(help="I/N: do share I of N, for N processes; a last call joins")
@@ -137,17 +135,17 @@ def super_resolve(
     A job that was stopped goes on when the same command is given again; one that is finished is
     said to be. A picture that cannot be written is no failure of the job.
     """
+    from mmsr.inference.scan_job import (
+        ScanTargets,
+        plan_scan,
+        run_scan,
+        time_one_slice,
+    )
+    from mmsr.inference.sr_slices import SROptions, SRSlice
+
     from mmsr.data.masks import lung_mask
     from mmsr.evaluation.figures import overview
     from mmsr.evaluation.protocols import find_weights
-    from mmsr.inference.scan_job import (
-        ScanTargets,
-        format_bytes,
-        plan_job,
-        scan_is_finished,
-        super_resolve_scan,
-    )
-    from mmsr.inference.super_resolve import SROptions, SRSlice
     from mmsr.networks.weights import load_generator
     from mmsr.training.distributed import choose_device
 
@@ -158,8 +156,8 @@ def super_resolve(
     volumes = [path for path in targets if path is not None]
     done = all(map(is_stamped, volumes))  # by this job? that takes reading
     _check_paths(volumes, picture, inputs, may_exist=begun or overwrite or done)
-    if consistency is not None and writable_suffix(consistency) == ".dicom":
-        raise FileError(f"{consistency}: floats have no place in CT objects; use .nrrd")
+    if consistency is not None and "float32" not in format_of(consistency).types:
+        raise FileError(f"{consistency}: floats have no place in this format; use .nrrd")
     share, wanted = _part(part or "1/1"), _slices(slices) if slices else None
     options = SROptions.read(
         {
@@ -187,21 +185,18 @@ def super_resolve(
         need = MASK_BYTES * volume.array.size
         if need > available_memory():
             raise ResourceError(
-                f"{scan}: its lung mask needs {format_bytes(need)} of memory, more than there is; "
+                f"{scan}: its lung mask needs {need / 1e9:.1f} GB of memory, more than there is; "
                 "give a --mask, or some --slices at a time"
             )
         inside = lung_mask(volume._replace(array=np.asarray(volume.array)))
-    options = options.resolved(g1, volume.array.shape)
-    if not overwrite and scan_is_finished(volume, targets, g1, record, options, inside):
+    job = plan_scan(volume, targets, g1, record, options, mask=inside, overwrite=overwrite)
+    if job.finished:
         typer.echo(finished)
         return
     _check_paths(volumes, picture, inputs, may_exist=begun or overwrite)
     for note in volume.notes:
         typer.echo(f"note: {note}", err=True)
-    planned = plan_job(volume, targets, g1, record, options)
-    if inside is not None:
-        planned = planned._replace(memory=planned.memory + inside.nbytes)
-    typer.echo("\n".join(planned.lines()), err=True)
+    typer.echo("\n".join(job.lines(time_one_slice(job))), err=True)
     if only_plan:
         return
 
@@ -216,17 +211,7 @@ def super_resolve(
         except MMSRError as e:
             undrawn.append(e)  # said when the progress bar is gone
 
-    summary = super_resolve_scan(
-        volume,
-        targets,
-        g1,
-        record,
-        options,
-        mask=inside,
-        part=share,
-        overwrite=overwrite,
-        first=show if share[0] == 1 else None,
-    )
+    summary = run_scan(job, part=share, first=show if share[0] == 1 else None)
     for reason in undrawn:
         typer.echo(f"note: no picture: {reason}", err=True)
     if summary is None and share == (1, 1):  # another process was faster
@@ -237,7 +222,8 @@ def super_resolve(
             f"part {share[0]} of {share[1]} is done; when all are, run without --part to join"
         )
         return
-    (z, y, x), (dz, dy, dx) = planned.sr_shape, planned.sr_spacing_mm
+    made = job.output.outputs["sr"].volume
+    (z, y, x), (dz, dy, dx) = made.array.shape, made.spacing_mm
     typer.echo(f"{out}: {x} x {y} x {z} voxels of {dx:.4f} x {dy:.4f} x {dz:.4f} mm, int16 HU")
     if picture.exists():
         typer.echo(f"{picture}: a picture of one slice")
@@ -252,7 +238,7 @@ def _check_paths(
     """Refuse outputs that exist, or stand for two files."""
     outputs = [*volumes, picture]
     for path in volumes:
-        writable_suffix(path)
+        format_of(path)
     places = [path.resolve() for path in outputs]
     sources = [path.resolve() for path in inputs]
     for path, place in zip(outputs, places, strict=True):
@@ -270,11 +256,11 @@ def _check_paths(
 def _say_summary(summary: "ScanSummary", *, masked: bool) -> None:
     """Say how far the block means are from the input."""
     typer.echo(
-        f"block means minus input{' in the mask' if masked else ''}: {summary.shift_hu:+.1f} HU on "
-        f"average, {summary.stray_hu:.1f} HU without sign, {summary.worst_hu:.1f} HU at most"
+        f"block means minus input{' in the mask' if masked else ''}: {summary.bias_hu:+.1f} HU on "
+        f"average, {summary.mean_abs_error_hu:.1f} HU without sign, {summary.worst_hu:.1f} HU at most"
     )
-    if summary.limited:
-        typer.echo(f"{summary.limited} voxels were cut off at the ends of int16")
+    if summary.saturated:
+        typer.echo(f"{summary.saturated} voxels were cut off at the ends of int16")
 
 
 @app.command()

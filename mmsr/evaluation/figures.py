@@ -14,10 +14,10 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from ..inference.sr_slices import SRSlice
 
 from ..core import RESEARCH_ONLY, RangeError, SettingsError, ShapeError, add_scale_bar
 from ..data.volume import Volume, block_mean
-from ..inference.super_resolve import SRSlice
 from ..training.run_folder import read_history
 
 # %% ../../nbs/7_evaluation/03_figures.ipynb #05acb265
@@ -254,7 +254,7 @@ def overview(
         add_scale_bar(ax, pixel_mm, image.shape[1])
     frame = plt.Rectangle((left * half, top * half), side * half, side * half, fill=False, ec="C1")
     axes[0].add_patch(frame)
-    shown = _draw_consistency(axes[3], np.abs(one.apart), step, 100.0)
+    shown = _draw_consistency(axes[3], np.abs(one.consistency), step, 100.0)
     figure.colorbar(shown, ax=axes[3], shrink=0.7, extend="max", label="HU")
     figure.suptitle(f"{title}; {_range_hu(LUNG_WINDOW)}. {RESEARCH_ONLY}", fontsize=11)
     plt.close(figure)

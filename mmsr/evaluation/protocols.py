@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import pydantic
+from ..inference.sr_slices import enlarge_bicubic
 
 import mmsr
 from mmsr.core import (
@@ -26,7 +27,6 @@ from ..data.masks import lung_mask
 from ..data.volume import enlarge_nearest, sr_geometry
 from ..data.windows import CLINICAL_WINDOW
 from .metrics import SliceMeasures, measure_slice
-from ..inference.super_resolve import enlarge_bicubic
 from mmsr.scans.cases import (
     Case,
     NonEmpty,

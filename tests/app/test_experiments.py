@@ -19,6 +19,7 @@ import nbformat
 import numpy as np
 import pytest
 import yaml
+from mmsr.inference.sr_slices import enlarge_bicubic
 
 from mmsr.app import cli
 from mmsr.app.plan import check_plan
@@ -27,7 +28,6 @@ from mmsr.app.train import TrainSettings, launch_training, method_settings, run_
 from mmsr.core import FileError, MMSRError, ResourceError, SettingsError, ShapeError, read_json
 from mmsr.data.patches import open_bank, split_cases
 from mmsr.evaluation.protocols import Model, columns_of, measure_case
-from mmsr.inference.super_resolve import enlarge_bicubic
 from mmsr.networks.weights import load_generator
 from mmsr.scans.cases import (
     PrepareSettings,
