@@ -20,7 +20,7 @@ import numpy as np
 from ..core import RESEARCH_ONLY, FileError, GeometryError, MMSRError, RangeError
 from .slices import MODALITIES, Block, ReadOptions, refuse_unless_forced
 
-# %% ../../nbs/5_scans/02_dicom_file.ipynb #b9079781
+# %% ../../nbs/5_scans/02_dicom_file.ipynb #707038ec
 _UIDS = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")
 _TEXTS = (
     *("Modality", "PhotometricInterpretation", "PixelPresentation", "RescaleType", "SeriesNumber"),
@@ -54,6 +54,8 @@ class DicomSlice(NamedTuple):
 
 def is_dicom(path: Path) -> bool:
     """Tell a DICOM file by its mark."""
+    if not path.is_file():  # a pipe would be waited for
+        return False
     with path.open("rb") as f:
         return f.read(132)[128:] == b"DICM"
 
@@ -174,7 +176,7 @@ def _find_packed(f: BinaryIO, count: int, end: int) -> list[Pieces]:
         )
     return [tuple(p for p in pieces if a <= p[0] - 8 < b) for a, b in pairwise([*first, end])]
 
-# %% ../../nbs/5_scans/02_dicom_file.ipynb #6820f904
+# %% ../../nbs/5_scans/02_dicom_file.ipynb #83fe0c3f
 def read_slices(path: Path) -> list[DicomSlice]:
     """Read the tags of one file that matter, and find the pixels of its slice, or of each frame."""
     import pydicom
@@ -214,7 +216,7 @@ def read_slices(path: Path) -> list[DicomSlice]:
             raise FileError(
                 f"{path.name}: its DICOM header cannot be read ({type(e).__name__}); export it again"
             ) from e
-    if syntax is None:
+    if not isinstance(syntax, str):  # none, or several
         raise FileError(
             f"{path.name}: expected a DICOM header that says its transfer syntax, got none; export "
             "it again"
@@ -225,7 +227,7 @@ def read_slices(path: Path) -> list[DicomSlice]:
         for one in zip(numbers, frames, [syntax] * count, pixels or [()] * count, strict=True)
     ]
 
-# %% ../../nbs/5_scans/02_dicom_file.ipynb #571cbccb
+# %% ../../nbs/5_scans/02_dicom_file.ipynb #afc8a6e8
 _SIDE_MAX = 16384
 _GREY = ("MONOCHROME1", "MONOCHROME2")
 _ENHANCED = "1.2.840.10008.5.1.4.1.1.2.1"
@@ -236,64 +238,58 @@ def numbers_line(numbers: Any) -> str:
     return ", ".join("none" if v is None else f"{v:.6g}" for v in np.ravel(numbers))
 
 
+def _faults(head: DicomSlice, kinds: tuple[str, ...]) -> Iterator[str]:
+    """Yield what keeps a file from being one whole grey slice; the first is what matters."""
+    tags, packing = head.tags, head.syntax
+    if tags["Modality"] not in kinds:
+        yield (
+            f"expected modality {' or '.join(kinds)}, got {tags['Modality'] or 'none'}; take it out of "
+            "the folder or give a CT"
+        )
+    if (tags["NumberOfFrames"] or 1) > 1 and not head.frame:
+        yield (
+            "expected one slice, or an enhanced CT, got a multi-frame object whose frames do not say "
+            "where they lie; export it as single slices"
+        )
+    if (kind := tags["PixelPresentation"]) in ("COLOR", "MIXED"):
+        yield (
+            f"expected CT in HU, got colours (PixelPresentation {kind} of a multi-frame object); give "
+            "the original slices"
+        )
+    if tags["SamplesPerPixel"] != 1 or tags["PhotometricInterpretation"] not in _GREY:
+        kind = tags["PhotometricInterpretation"] or "none"
+        yield f"expected grey (MONOCHROME2), got {kind}; give the original slices"
+    if "LOCALIZER" in tags["ImageType"]:
+        yield "expected an axial slice, got a localizer; take it out of the folder"
+    rows, columns = (tags[t] or 0 for t in ("Rows", "Columns"))
+    if not (1 <= rows <= _SIDE_MAX and 1 <= columns <= _SIDE_MAX):
+        yield (
+            f"expected 1 to {_SIDE_MAX} Rows and Columns, got {rows:g} x {columns:g}; export it again"
+        )
+    bits = [tags[t] for t in ("BitsAllocated", "BitsStored", "HighBit")]
+    stored = bits[1] or 0
+    if bits[0] not in (8, 16, 32) or not 1 <= stored <= bits[0] or bits[2] != stored - 1:
+        yield (
+            "expected cells of 8, 16 or 32 bits, the stored ones lowest, got BitsAllocated, BitsStored "
+            f"and HighBit {numbers_line(bits)}; export it again"
+        )
+    if (sign := tags["PixelRepresentation"]) not in (0, 1):
+        yield f"expected PixelRepresentation 0 or 1, got {numbers_line(sign)}; export it again"
+    if str(packing) not in (*_NATIVE, _RLE, *_DECODERS):
+        shown = packing.name if packing.type == "Transfer Syntax" else "nobody knows"
+        yield f"packed as {shown}, which is not read here; export it uncompressed"
+    if not head.pieces:
+        yield "cut short, its pixel data break off; copy the file again"
+
+
 def check_image(head: DicomSlice, modality: str) -> None:
     """Refuse what is not one whole grey CT slice that says where it lies."""
-    name, tags, kinds = head.name, head.tags, MODALITIES[modality]
-    sides = [tags[t] or 0 for t in ("Rows", "Columns")]
-    cells, stored, high, sign = (
-        tags[t] for t in ("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation")
-    )
-    lowest = cells in (8, 16, 32) and 1 <= (stored or 0) <= cells and high == stored - 1
-    read = str(head.syntax) in (*_NATIVE, _RLE, *_DECODERS)
-    packing = head.syntax.name if head.syntax.type == "Transfer Syntax" else "nobody knows"
-    for sound, text in (
-        (
-            tags["Modality"] in kinds,
-            f"expected modality {' or '.join(kinds)}, got {tags['Modality'] or 'none'}; take it out "
-            "of the folder or give a CT",
-        ),
-        (
-            head.frame or (tags["NumberOfFrames"] or 1) <= 1,
-            "expected one slice, or an enhanced CT, got a multi-frame object whose frames do not say "
-            "where they lie; export it as single slices",
-        ),
-        (
-            tags["PixelPresentation"] not in ("COLOR", "MIXED"),
-            f"expected CT in HU, got colours (PixelPresentation {tags['PixelPresentation']} of a "
-            "multi-frame object); give the original slices",
-        ),
-        (
-            tags["SamplesPerPixel"] == 1 and tags["PhotometricInterpretation"] in _GREY,
-            f"expected grey (MONOCHROME2), got {tags['PhotometricInterpretation'] or 'none'}; give "
-            "the original slices",
-        ),
-        (
-            "LOCALIZER" not in tags["ImageType"],
-            "expected an axial slice, got a localizer; take it out of the folder",
-        ),
-        (
-            1 <= min(sides) <= max(sides) <= _SIDE_MAX,
-            f"expected 1 to {_SIDE_MAX} Rows and Columns, got {sides[0]:g} x {sides[1]:g}; export it "
-            "again",
-        ),
-        (
-            lowest,
-            "expected cells of 8, 16 or 32 bits, the stored ones lowest, got BitsAllocated, "
-            f"BitsStored and HighBit {numbers_line([cells, stored, high])}; export it again",
-        ),
-        (
-            sign in (0, 1),
-            f"expected PixelRepresentation 0 or 1, got {numbers_line(sign)}; export it again",
-        ),
-        (read, f"packed as {packing}, which is not read here; export it uncompressed"),
-        (head.pieces, "cut short, its pixel data break off; copy the file again"),
-    ):
-        if not sound:
-            raise FileError(f"{name}: {text}")
+    for text in _faults(head, MODALITIES[modality]):
+        raise FileError(f"{head.name}: {text}")
     for tag in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"):
-        if tags[tag] is None:
+        if head.tags[tag] is None:
             raise GeometryError(
-                f"{name}: expected the tag {tag}, got none; export the original slices"
+                f"{head.name}: expected the tag {tag}, got none; export the original slices"
             )
 
 # %% ../../nbs/5_scans/02_dicom_file.ipynb #6df285b2

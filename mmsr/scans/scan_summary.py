@@ -6,7 +6,7 @@
 __all__ = ['LUNG_WINDOW', 'side_letters', 'axes_words', 'Plane', 'radiological_view', 'ScanInfo', 'scan_info', 'info_text',
            'info_picture']
 
-# %% ../../nbs/5_scans/13_scan_summary.ipynb #b20bc43d
+# %% ../../nbs/5_scans/13_scan_summary.ipynb #a9d6ad90
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,29 +17,18 @@ import numpy as np
 from ..core import FileError, MMSRError
 from ..data.volume import Grid
 from .dicom_file import DicomSlice
-from .dicom_series import DicomFacts, dicom_facts, scan_series
-from .read import Found, find_scan, open_stack, read_heads, request
+from .dicom_series import DICOM, DicomFacts, dicom_facts, scan_series
+from .read import Found, find_scan, inspect_file, open_stack, read_options
 from .slices import HuHistogram, ReadOptions, SliceSource
 from .volume_headers import Header
 
-# %% ../../nbs/5_scans/13_scan_summary.ipynb #1de3fa7a
+# %% ../../nbs/5_scans/13_scan_summary.ipynb #8f2d0016
 _SIDES = (("L", "R"), ("P", "A"), ("H", "F"))  # for + and − along x, y, z
 _WORDS = {"L": "left", "R": "right", "P": "back", "A": "front", "H": "head", "F": "feet"}
 
 
 def side_letters(vector: Sequence[float] | np.ndarray) -> str:
-    """Name where a direction points to, by the patient's sides.
-
-    Parameters
-    ----------
-    vector : sequence of float
-        Unit vector x, y, z, LPS.
-
-    Returns
-    -------
-    str
-        One to three of L, R (left, right), A, P (front, back), H, F (head, feet), the main one first.
-    """
+    """Name where a direction points to, by the patient's sides."""
     parts = np.argsort(-np.abs(vector), kind="stable").tolist()
     main = parts[0]
     return "".join(
@@ -48,17 +37,7 @@ def side_letters(vector: Sequence[float] | np.ndarray) -> str:
 
 
 def axes_words(direction: Sequence[float]) -> str:
-    """Say in words which way the axes of an array run.
-
-    Parameters
-    ----------
-    direction : sequence of float
-        Nine numbers by rows, as in `Volume`.
-
-    Returns
-    -------
-    str
-    """
+    """Say in words which way the axes of an array run."""
     axes = np.reshape(direction, (3, 3)).T
     words = ", ".join(
         f"{name} to the {_WORDS[side_letters(a)[0]]}" for name, a in zip("xyz", axes, strict=True)
@@ -68,43 +47,20 @@ def axes_words(direction: Sequence[float]) -> str:
 
 
 class Plane(NamedTuple):
-    """A picture of a plane through the middle of a scan, as a radiologist would hang it.
-
-    Parameters
-    ----------
-    title : str
-    image : ndarray, shape (h, w)
-    pixel_mm : tuple of float or None
-        Height and width of a pixel; None if the scan does not say.
-    letters : tuple of str
-        Sides of the patient at the left, right, upper and lower edge; empty if not known.
-    """
+    """A picture of a plane through the middle of a scan, as a radiologist would hang it."""
 
     title: str
     image: np.ndarray
+    # height and width of a pixel; None if the scan does not say
     pixel_mm: tuple[float, float] | None
+    # sides of the patient at the left, right, upper and lower edge; empty if not known
     letters: tuple[str, str, str, str]
 
 
 def radiological_view(
     image: np.ndarray, axes: np.ndarray, pixel_mm: tuple[float, float] | None, *, known: bool = True
 ) -> Plane:
-    """Turn a plane of an array over where radiologists would, and letter its edges.
-
-    Parameters
-    ----------
-    image : ndarray, shape (h, w)
-    axes : ndarray, shape (3, 2)
-        World directions of its rows' and columns' index (down, right), in columns.
-    pixel_mm : tuple of float or None
-        (h, w).
-    known : bool
-        Whether the scan says how the patient lies.
-
-    Returns
-    -------
-    Plane
-    """
+    """Turn a plane of an array over where radiologists would, and letter its edges."""
     if not known:
         return Plane("", image, pixel_mm, ("", "", "", ""))
     down, right = axes.T
@@ -117,66 +73,33 @@ def radiological_view(
     letters = tuple(side_letters(v) for v in (-right, right, -down, down))
     return Plane(title, image, pixel_mm, letters)  # type: ignore[arg-type]
 
-# %% ../../nbs/5_scans/13_scan_summary.ipynb #b6067899
+# %% ../../nbs/5_scans/13_scan_summary.ipynb #bcdf57bd
 _MOST_SLICES = 600  # that are looked at
 _MOST_PIXELS = 1024  # of a side of a picture
 LUNG_WINDOW = (-1350.0, 150.0)
 
 
 class ScanInfo(NamedTuple):
-    """What a scan is, where it lies, and what reading it would say.
+    """What a scan is, where it lies, and what reading it would say."""
 
-    Parameters
-    ----------
-    name : str
-        Of its file or folder.
-    format : str
-    modality : str
-        ``"clinical"`` or ``"micro"``: as what it was looked at.
-    shape : tuple of int or None
-        Slices, rows, columns; None if it could not be opened.
-    dtype : str
-        Of the stored numbers.
-    grid : Grid or None
-        Where it lies; None if the voxel size is not known.
-    oriented : bool
-        Whether it says how the patient lies.
-    values : tuple of float or None
-        Least and greatest, in HU or grey, without padding.
-    padding : tuple of (float, str) or None
-        Its share of the voxels, and its values.
-    seen : int
-        Every how many slices were looked at.
-    dicom : DicomFacts or None
-        What the headers of a DICOM series say.
-    series : tuple of str
-        One line for each DICOM series, if there are several.
-    notes : tuple of str
-        What reading would note.
-    refusals : tuple of str
-        What reading would refuse it for, with the way out; empty if it is read.
-    planes : tuple of Plane
-        Pictures, as far as it could be read.
-    window : tuple of float
-        For the pictures.
-    """
-
-    name: str
+    name: str  # of its file or folder
     format: str
-    modality: str
+    modality: str  # ``"clinical"`` or ``"micro"``: as what it was looked at
+    # slices, rows, columns; None if it could not be opened
     shape: tuple[int, int, int] | None = None
-    dtype: str = ""
-    grid: Grid | None = None
-    oriented: bool = False
-    values: tuple[float, float] | None = None
-    padding: tuple[float, str] | None = None
-    seen: int = 1
-    dicom: DicomFacts | None = None
-    series: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    dtype: str = ""  # of the stored numbers
+    grid: Grid | None = None  # where it lies; None if the voxel size is not known
+    oriented: bool = False  # whether it says how the patient lies
+    values: tuple[float, float] | None = None  # least and greatest, in HU or grey, without padding
+    padding: tuple[float, str] | None = None  # its share of the voxels, and its values
+    seen: int = 1  # every how many slices were looked at
+    dicom: DicomFacts | None = None  # what the headers of a DICOM series say
+    series: tuple[str, ...] = ()  # one line for each DICOM series, if there are several
+    notes: tuple[str, ...] = ()  # what reading would note
+    # what reading would refuse it for, with the way out; empty if it is read
     refusals: tuple[str, ...] = ()
-    planes: tuple[Plane, ...] = ()
-    window: tuple[float, float] = LUNG_WINDOW
+    planes: tuple[Plane, ...] = ()  # pictures, as far as it could be read
+    window: tuple[float, float] = LUNG_WINDOW  # for the pictures
 
 
 def scan_info(
@@ -212,56 +135,53 @@ def scan_info(
     SettingsError
         If an argument has no meaning.
     """
-    kind, files, _ = found = find_scan(Path(path))
+    found = find_scan(Path(path))
     heads: list[Any] = []
     refusals: list[str] = []
-    for file in files:  # once: whatever is asked below is asked of what they say here
+    for file in found.files:  # once: whatever is asked below is asked of what they say here
         try:
-            heads += read_heads(kind, file)
+            heads += inspect_file(found.format, file)
         except MMSRError as e:
             refusals.append(str(e))
-    said = heads[0].modality if heads and kind == "zarr" else ""
-    modality = modality or said or ("micro" if kind in ("tiff", "zarr") else "clinical")
-    ask = chosen = request(path, modality, voxel_mm, voxel_um, series)
-    info = ScanInfo(ask.name, _format(kind, files), modality, oriented=kind == "dicom")
-    if heads and kind == "dicom":
-        info, chosen = _dicom_part(info, ask, heads)
-    elif heads and kind != "tiff":
-        info = _file_part(info, heads[0])
-    stack, used = None, ask
+    header = heads[0] if heads and isinstance(heads[0], Header) else None
+    modality = modality or (header.modality if header else "") or found.format.modality
+    options = chosen = read_options(path, modality, voxel_mm, voxel_um, series)
+    info = ScanInfo(options.name, _format(found), modality, oriented=found.format is DICOM)
+    if heads and found.format is DICOM:
+        info, chosen = _dicom_part(info, options, heads)
+    elif header:
+        info = _file_part(info, header)
+    stack, used = None, options
     if heads:
-        stack, used = _open_somehow(found, heads, (ask, chosen), refusals)
+        stack, used = _open_somehow(found, heads, (options, chosen), refusals)
     info = info._replace(refusals=tuple(dict.fromkeys(refusals)))
     if stack is None:
         return info
-    grid = None if used.voxel and not ask.voxel else stack.grid
+    grid = None if used.voxel and not options.voxel else stack.grid
     info = info._replace(shape=stack.shape, grid=grid)
     return _look(info, used, stack)
 
 
-def _format(kind: str, files: list[Path]) -> str:
-    """Name the format of a scan."""
-    if kind in ("dicom", "tiff"):
-        return f"{kind.upper()}, {len(files)} file{'s' * (len(files) > 1)}"
-    words = {".nrrd": "NRRD", ".nhdr": "NRRD", ".mha": "MetaImage", ".mhd": "MetaImage"}
-    words[".gz"] = "NIfTI, packed"
-    return "OME-Zarr" if kind == "zarr" else words.get(files[0].suffix.lower(), "NIfTI")
+def _format(found: Found) -> str:
+    """Name the format of a scan, and in how many files it came."""
+    n, packed = len(found.files), found.files[0].suffix.lower() == ".gz"
+    return found.format.name + f", {n} file{'s'[: n > 1]}" * found.format.many + ", packed" * packed
 
 
 def _dicom_part(
-    info: ScanInfo, ask: ReadOptions, heads: list[DicomSlice]
+    info: ScanInfo, options: ReadOptions, heads: list[DicomSlice]
 ) -> tuple[ScanInfo, ReadOptions]:
     """Add what the headers of DICOM files say, and choose the longest series if none is asked for."""
     found = scan_series(heads)
     if len(found) > 1:
         info = info._replace(series=tuple(s.line() for s in found))
-        if ask.series is None:
+        if options.series is None:
             most = max(found, key=lambda s: s.shape[0])
-            ask = ask._replace(series=str(most.number))
+            options = options._replace(series=str(most.number))
     try:
-        return info._replace(dicom=dicom_facts(ask, heads)), ask
+        return info._replace(dicom=dicom_facts(options, heads)), options
     except MMSRError:  # the refusal says why
-        return info, ask
+        return info, options
 
 
 def _file_part(info: ScanInfo, header: Header) -> ScanInfo:
@@ -279,10 +199,10 @@ def _open_somehow(
     found: Found, heads: list[Any], asked: tuple[ReadOptions, ReadOptions], refusals: list[str]
 ) -> tuple[SliceSource | None, ReadOptions]:
     """Open a scan as asked, or as it can be; the lines that refuse it are added."""
-    ask, chosen = asked
+    options, chosen = asked
     forced = chosen._replace(force=True)
-    ways = [ask, *([chosen] * (chosen != ask)), forced, forced._replace(resample=True)]
-    if ask.voxel is None:
+    ways = [options, *([chosen] * (chosen != options)), forced, forced._replace(resample=True)]
+    if options.voxel is None:
         ways.append(ways[-1]._replace(voxel=(0.1, 0.1, 0.1)))  # possible for both modalities
     for way in ways:
         way = way._replace(notes=[])
@@ -292,23 +212,23 @@ def _open_somehow(
             refusals.append(str(e))
             if way.force and isinstance(e, FileError):  # damage, which no other way mends
                 break
-    return None, ask
+    return None, options
 
-# %% ../../nbs/5_scans/13_scan_summary.ipynb #9cfd5a68
+# %% ../../nbs/5_scans/13_scan_summary.ipynb #95df1836
 _TRUST = "taken on trust: "
 
 
-def _look(info: ScanInfo, ask: ReadOptions, stack: SliceSource) -> ScanInfo:
+def _look(info: ScanInfo, options: ReadOptions, stack: SliceSource) -> ScanInfo:
     """Pass over the slices once: values, padding, three planes, and what reading would say."""
     count, height, width = stack.shape
     every = math.ceil(count / _MOST_SLICES)
     clinical = info.modality == "clinical"
-    ask = ask._replace(force=True)
-    tally, low, high = HuHistogram(ask), math.inf, -math.inf
+    options = options._replace(force=True)
+    histogram, low, high = HuHistogram(options), math.inf, -math.inf
     rows, columns, middle, refusals = [], [], None, list(info.refusals)
     try:
         for z, block in _slices(stack, every):
-            plane = tally.hu_slice(*block) if clinical else np.array(block[0])
+            plane = histogram.hu_slice(*block) if clinical else np.array(block[0])
             if not clinical:
                 finite = plane[np.isfinite(plane)]
                 if finite.size:
@@ -325,8 +245,8 @@ def _look(info: ScanInfo, ask: ReadOptions, stack: SliceSource) -> ScanInfo:
     window: Any = LUNG_WINDOW
     padding, values = None, (low, high)
     if clinical and len(planes) == 3:
-        planes, padding, values = _judged(tally, planes)
-    said = [n for n in ask.notes if n.startswith(_TRUST)]
+        planes, padding, values = _judged(histogram, planes)
+    said = [n for n in options.notes if n.startswith(_TRUST)]
     if len(planes) == 3 and (any("HU" in n for n in said) or not clinical):  # unknown grey
         finite = planes[0][np.isfinite(planes[0])]
         window = tuple(np.percentile(finite, (0.5, 99.5)).tolist()) if finite.size else (0.0, 1.0)
@@ -342,7 +262,7 @@ def _look(info: ScanInfo, ask: ReadOptions, stack: SliceSource) -> ScanInfo:
         padding=padding,
         seen=every,
         notes=tuple(
-            n for n in dict.fromkeys(ask.notes) if n not in said and "padding voxels" not in n
+            n for n in dict.fromkeys(options.notes) if n not in said and "padding voxels" not in n
         ),
         refusals=tuple(refusals),
         planes=_hung(info, stack.grid, planes, every)[: 3 if count > 1 else 1],
@@ -360,19 +280,21 @@ def _slices(stack: SliceSource, every: int) -> Iterator[tuple[int, Any]]:
 
 
 def _judged(
-    tally: HuHistogram, planes: list[np.ndarray]
+    histogram: HuHistogram, planes: list[np.ndarray]
 ) -> tuple[list[np.ndarray], tuple[float, str] | None, tuple[float, float]]:
     """Turn padding into air in the planes; return them, its share and values, and the range of the rest."""
-    table = tally.air_table()
+    table = histogram.air_table()
     whole = np.arange(65536, dtype=np.uint16).view(np.int16)
-    moved = (table != whole) & (tally.counts > 0)
-    kept = whole[(tally.counts > 0) & ~moved]
+    moved = (table != whole) & (histogram.counts > 0)
+    kept = whole[(histogram.counts > 0) & ~moved]
     values = (float(kept.min()), float(kept.max())) if kept.size else (math.nan, math.nan)
     padding = None
     if moved.any():
-        found = sorted(whole[moved].tolist(), key=lambda v: -tally.counts[np.uint16(v & 0xFFFF)])
+        found = sorted(
+            whole[moved].tolist(), key=lambda v: -histogram.counts[np.uint16(v & 0xFFFF)]
+        )
         named = [f"{v} HU" for v in found if v > -32768][:3] or ["marked in the file"]
-        share = float(tally.counts[moved].sum() / tally.counts.sum())
+        share = float(histogram.counts[moved].sum() / histogram.counts.sum())
         padding = (share, ", ".join(named + ["…"] * (len(found) > 3)))
     return [table[p.view(np.uint16)] for p in planes], padding, values
 
@@ -394,19 +316,9 @@ def _hung(info: ScanInfo, grid: Grid, planes: list[np.ndarray], every: int) -> t
         hung.append(plane if plane.title else plane._replace(title=names[len(hung)]))
     return tuple(hung)
 
-# %% ../../nbs/5_scans/13_scan_summary.ipynb #64fa9265
+# %% ../../nbs/5_scans/13_scan_summary.ipynb #4373111d
 def info_text(info: ScanInfo) -> str:
-    """Put what was found into lines.
-
-    Parameters
-    ----------
-    info : ScanInfo
-
-    Returns
-    -------
-    str
-        One fact a line; the last ones say whether the scan is read, or why not and the way out.
-    """
+    """Put what was found into lines."""
     lines: list[tuple[str, str]] = [("format", info.format)]
     unit = "HU" if info.modality == "clinical" else "grey"
     lines.append(("looked at as", f"{info.modality} CT, {unit}"))
@@ -465,17 +377,7 @@ def _dicom_lines(facts: DicomFacts) -> list[tuple[str, str]]:
 
 
 def info_picture(info: ScanInfo) -> Any:
-    """Draw three planes through the middle of a scan, in mm, with the patient's sides.
-
-    Parameters
-    ----------
-    info : ScanInfo
-
-    Returns
-    -------
-    Figure or None
-        None if nothing of the scan could be read. Nothing in it names the scan.
-    """
+    """Draw three planes through the middle of a scan, in mm, with the patient's sides."""
     import matplotlib.pyplot as plt
 
     if not info.planes:

@@ -18,7 +18,6 @@ import SimpleITK as sitk
 import tifffile
 from dicom_maker import change, chest, in_order, refused, series
 from matplotlib.text import Text
-from mmsr.scans.slices import padding_values
 from peak import PEAK_BYTES
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
@@ -33,6 +32,7 @@ from mmsr.core import (
 from mmsr.data.volume import Volume
 from mmsr.scans.read import read_volume
 from mmsr.scans.scan_summary import info_picture, info_text, scan_info
+from mmsr.scans.slices import padding_values
 from mmsr.scans.write import WRITABLE, write_volume
 
 FILES = (".mha", ".nii", ".nii.gz", ".nrrd")
@@ -434,7 +434,7 @@ def test_folders_that_are_no_scan(tmp_path):
     refused(FileError, tmp_path / "empty", "no files")
     both = series(tmp_path / "both", chest())
     tifffile.imwrite(both / "a.tif", chest()[0])
-    refused(FileError, both, "6 dicom", "1 tiff")
+    refused(FileError, both, "6 DICOM", "1 TIFF")
     (tmp_path / "text.txt").write_text("hello")
     refused(FileError, tmp_path / "text.txt", "NIfTI")
     with pytest.raises(SettingsError, match="modality"):
