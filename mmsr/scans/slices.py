@@ -108,7 +108,7 @@ def padding_values(counts: np.ndarray) -> np.ndarray:
     values = np.arange(-32768, PADDING_BELOW_HU)
     return values[spike | ((values < IMPOSSIBLE_HU) & (low > 0))]
 
-# %% ../../nbs/5_scans/01_slices.ipynb #ec759d60
+# %% ../../nbs/5_scans/01_slices.ipynb #86d8c8eb
 class HuHistogram:
     """What `hu_slice` saw in the slices of a scan, and what follows from all of them."""
 
@@ -140,11 +140,19 @@ class HuHistogram:
         self.counts += np.bincount(out.ravel().view(np.uint16), minlength=65536)
         return out
 
+    def padding(self) -> tuple[np.ndarray, int, str]:
+        """Return which values are padding, the most frequent first, how many voxels, and in words."""
+        counts = np.roll(self.counts, 32768)  # to −32768 … 32767
+        values = padding_values(counts)
+        values = values[np.argsort(-counts[values + 32768])]
+        named = [f"{v} HU" for v in values.tolist() if v > -32768]
+        words = ", ".join(named[:3] + ["…"] * (len(named) > 3)) or "marked in the file"
+        return values, int(counts[values + 32768].sum()), words
+
     def air_table(self) -> np.ndarray:
         """Refuse what cannot be HU; return what each value becomes, in the order of uint16: itself or air."""
-        options, counts = self.options, np.roll(self.counts, 32768)  # to −32768 … 32767
-        values = padding_values(counts)
-        padding = int(counts[values + 32768].sum())
+        options, counts = self.options, np.roll(self.counts, 32768)
+        values, padding, words = self.padding()
         air = int(counts[: 32768 - 500].sum()) - padding
         low, high = (np.flatnonzero(counts)[[0, -1]] - 32768).tolist()
         for doubted, text in (
@@ -163,11 +171,7 @@ class HuHistogram:
         table = np.arange(65536, dtype=np.uint16).view(np.int16)
         if padding:
             table[values.astype(np.int16).view(np.uint16)] = AIR_HU
-            named = [v for v in values[np.argsort(-counts[values + 32768])].tolist() if v > -32768]
-            what = ", ".join([f"{v} HU" for v in named[:3]] + (["…"] if len(named) > 3 else []))
-            options.notes.append(
-                f"{padding} padding voxels ({what or 'marked in the file'}) set to {AIR_HU} HU"
-            )
+            options.notes.append(f"{padding} padding voxels ({words}) set to {AIR_HU} HU")
         return table
 
 # %% ../../nbs/5_scans/01_slices.ipynb #6072e57a

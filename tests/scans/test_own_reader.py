@@ -1,4 +1,4 @@
-"""A format of one's own: a small module and one line make it known to reading and to `mmsr info`."""
+"""A format of your own: a small module and one line make it known to reading and to `info`."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ from mmsr.scans.read import FORMATS, read_mask, read_volume
 from mmsr.scans.scan_summary import scan_info
 
 # What somebody would put into `toy.py`: a header line of text, and int16 HU behind it.
-TOY_MODULE = '''
+TOY_MODULE = """
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ def read_toy(path: Path) -> Header:
 
 
 TOY = Format("Toy", (".toy",), lambda path: read_header(read_toy, path), open_scan_file)
-'''
+"""
 
 
 def chest() -> np.ndarray:
