@@ -176,7 +176,7 @@ def _find_packed(f: BinaryIO, count: int, end: int) -> list[Pieces]:
         )
     return [tuple(p for p in pieces if a <= p[0] - 8 < b) for a, b in pairwise([*first, end])]
 
-# %% ../../nbs/5_scans/02_dicom_file.ipynb #83fe0c3f
+# %% ../../nbs/5_scans/02_dicom_file.ipynb #3125650c
 def read_slices(path: Path) -> list[DicomSlice]:
     """Read the tags of one file that matter, and find the pixels of its slice, or of each frame."""
     import pydicom
@@ -186,12 +186,12 @@ def read_slices(path: Path) -> list[DicomSlice]:
         start = f.read(2048)
         if start[128:132] != b"DICM":
             raise FileError(
-                f"{path.name}: expected a DICOM file, got one without the DICM mark at byte 128; "
+                "expected a DICOM file, got one without the DICM mark at byte 128; "
                 "export it again or take it out"
             )
         if _DEFLATED in start:
             raise FileError(
-                f"{path.name}: deflated as a whole, which is not read here; unpack it (dcmconv +te) "
+                "deflated as a whole, which is not read here; unpack it (dcmconv +te) "
                 "or export it uncompressed"
             )
         f.seek(0)
@@ -208,18 +208,17 @@ def read_slices(path: Path) -> list[DicomSlice]:
             whole &= str(syntax) in (*_NATIVE, _RLE, *_DECODERS)
             pixels = _find_pixels(f, common, syntax, count) if whole else []
             frames = _frames(data, groups, common) or [common]
-        except MMSRError as e:
-            raise FileError(f"{path.name}: {e}") from e
+        except MMSRError:
+            raise
         except Exception as e:  # pydicom fails in many ways; its texts may quote the header
             if isinstance(e, OSError) and e.errno:  # not pydicom's
                 raise
             raise FileError(
-                f"{path.name}: its DICOM header cannot be read ({type(e).__name__}); export it again"
+                f"its DICOM header cannot be read ({type(e).__name__}); export it again"
             ) from e
     if not isinstance(syntax, str):  # none, or several
         raise FileError(
-            f"{path.name}: expected a DICOM header that says its transfer syntax, got none; export "
-            "it again"
+            "expected a DICOM header that says its transfer syntax, got none; export it again"
         )
     numbers = range(1, count + 1) if groups else [0]
     return [

@@ -28,7 +28,7 @@ from .tiff_stack import LENGTHS_MM
 from .volume_files import stack_of
 from .volume_headers import Header, notice_in
 
-# %% ../../nbs/5_scans/08_ome_zarr.ipynb #3f6801d9
+# %% ../../nbs/5_scans/08_ome_zarr.ipynb #6b93c5ce
 _MARKS = ("zarr.json", ".zattrs", ".zgroup", ".zarray")
 _PAGE_MAX = 1 << 22  # bytes of metadata
 _OTHERS = {
@@ -60,16 +60,16 @@ def _page(path: Path) -> dict[str, Any]:
     return page.get("attributes", {}) if file.name == "zarr.json" else page
 
 
-def _one_image(path: Path, page: dict[str, Any]) -> dict[str, Any]:
+def _one_image(page: dict[str, Any]) -> dict[str, Any]:
     """Return the one image of a page, or say what else it is."""
     ome = page.get("ome", page)
     if "multiscales" not in ome:
         found = next((what for key, what in _OTHERS.items() if key in ome), None)
         if found is None:
             raise ValueError("multiscales")
-        raise FileError(f"{path.name}: expected an OME-Zarr of one image, got {found}")
+        raise FileError(f"expected an OME-Zarr of one image, got {found}")
     if (count := len(ome["multiscales"])) != 1:
-        raise FileError(f"{path.name}: expected one image, got {count}; save one of them")
+        raise FileError(f"expected one image, got {count}; save one of them")
     return ome["multiscales"][0]
 
 # %% ../../nbs/5_scans/08_ome_zarr.ipynb #67a28f7b
@@ -107,7 +107,7 @@ def _placed(header: Header, image: dict[str, Any], units: list[float | None]) ->
     x, y, z = (shift[:-4:-1] * in_mm).tolist()
     return header._replace(spacing=(sx, sy, sz), origin=(x, y, z))
 
-# %% ../../nbs/5_scans/08_ome_zarr.ipynb #fa26af55
+# %% ../../nbs/5_scans/08_ome_zarr.ipynb #04054c62
 _TOWARDS = {  # RFC 4; other words, such as base-to-apex, are none of the patient's axes
     "right-to-left": (1, 0, 0),
     "left-to-right": (-1, 0, 0),
@@ -135,7 +135,7 @@ def _oriented(header: Header, axes: list[dict[str, Any]]) -> Header:
     return header._replace(origin=None, notes=(*header.notes, text))
 
 
-def _own(name: str, header: Header, own: dict[str, Any]) -> Header:
+def _own(header: Header, own: dict[str, Any]) -> Header:
     """Add what only an output of this package says; the rest must agree with it."""
     spacing, origin = _numbers(own["spacing_mm"], 3)[::-1], _numbers(own["origin_mm"], 3)
     axes = _numbers(own["direction"], 9).reshape(3, 3)
@@ -145,7 +145,7 @@ def _own(name: str, header: Header, own: dict[str, Any]) -> Header:
         and np.allclose(said[1], origin @ axes, rtol=0, atol=1e-4)
     ):
         raise GeometryError(
-            f"{name}: contradicts itself: its multiscales and its attribute mmsr give other voxels; "
+            "contradicts itself: its multiscales and its attribute mmsr give other voxels; "
             "give a copy that was not edited"
         )
     x, y, z = origin.tolist()
@@ -153,7 +153,7 @@ def _own(name: str, header: Header, own: dict[str, Any]) -> Header:
     modality = "micro" if own["modality"] == "micro" else "clinical"
     return header._replace(axes=axes, origin=(x, y, z), notes=notes, modality=modality)
 
-# %% ../../nbs/5_scans/08_ome_zarr.ipynb #d475fe40
+# %% ../../nbs/5_scans/08_ome_zarr.ipynb #16cfacc3
 _PIECES_MAX = 4_000_000
 
 
@@ -172,7 +172,7 @@ def _level(path: Path, cache: int = 0) -> Any:
 def _header(path: Path) -> tuple[Header, Any]:
     """Make sense of the metadata of an OME-Zarr; return its level 0 with them."""
     page = _page(path)
-    image = _one_image(path, page)
+    image = _one_image(page)
     names = [str(axis["name"]) for axis in image["axes"]]
     data = (path / image["datasets"][0]["path"]).resolve()
     if path.resolve() not in data.parents:
@@ -181,12 +181,11 @@ def _header(path: Path) -> tuple[Header, Any]:
     shown = ", ".join(f"{n[:9]!r} {k}" for n, k in zip(names, level.shape, strict=True))
     if names[-3:] != ["z", "y", "x"] or math.prod(level.shape[:-3]) != 1 or not all(level.shape):
         raise ShapeError(
-            f"{path.name}: expected axes z, y, x and one channel and time, got {shown}; save one "
-            "volume of it"
+            f"expected axes z, y, x and one channel and time, got {shown}; save one volume of it"
         )
     dtype = np.dtype(level.dtype.numpy_dtype)
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
-        raise FileError(f"{path.name}: expected one grey number per voxel, got another kind")
+        raise FileError("expected one grey number per voxel, got another kind")
     z, y, x = level.shape[-3:]
     header = Header((x, y, z), dtype, data)
     if "image-label" in page.get("ome", page):
@@ -196,10 +195,10 @@ def _header(path: Path) -> tuple[Header, Any]:
     strange = next((str(unit)[:20] for unit in units if unit and unit not in _UNITS_MM), "")
     header = _placed(header, image, [_UNITS_MM.get(unit) for unit in units])
     if "mmsr" in page:
-        return _own(path.name, header, page["mmsr"]), level
+        return _own(header, page["mmsr"]), level
     return _oriented(header._replace(unit=strange), axes), level
 
-# %% ../../nbs/5_scans/08_ome_zarr.ipynb #bce34022
+# %% ../../nbs/5_scans/08_ome_zarr.ipynb #7714dc48
 def read_zarr(path: Path) -> list[Header]:
     """Read what an OME-Zarr says of level 0, and see whether its pieces are there."""
     try:
@@ -211,26 +210,26 @@ def read_zarr(path: Path) -> list[Header]:
         row = max(math.prod(level.chunk_layout.read_chunk.shape), math.prod(level.shape[-2:]))
         if (need := row * header.dtype.itemsize) > (free := available_memory()):
             raise ResourceError(
-                f"{path.name}: one slice takes {need / 1e9:.3g} GB of memory, got {free / 1e9:.3g} GB"
+                f"one slice takes {need / 1e9:.3g} GB of memory, got {free / 1e9:.3g} GB"
             )
         if total > _PIECES_MAX:
-            raise FileError(f"{path.name}: expected up to {_PIECES_MAX} pieces, got {total}")
+            raise FileError(f"expected up to {_PIECES_MAX} pieces, got {total}")
         stored = level.storage_statistics(query_not_stored=True, query_fully_stored=True).result()
     except MMSRError:
         raise
     except Exception as e:  # json and tensorstore fail in many ways; their texts name folders
         raise FileError(
-            f"{path.name}: expected an OME-Zarr 0.4 or 0.5, got a damaged one, another kind of "
+            "expected an OME-Zarr 0.4 or 0.5, got a damaged one, another kind of "
             "Zarr, or one packed in a way not known here; copy it again, or give the folder that "
             "holds its multiscales"
         ) from e
     if stored.not_stored or (header.modality and not stored.fully_stored):
-        raise FileError(f"{path.name}: cut short, voxels are missing; copy it again")
+        raise FileError("cut short, voxels are missing; copy it again")
     pieces = (header.data / "c").glob("*") if header.modality else ()
     count = sum(piece.name.isdigit() for piece in pieces)
     if count > header.size[2]:
         raise FileError(
-            f"{path.name}: longer than its header says, expected {header.size[2]} slices, got {count}; "
+            f"longer than its header says, expected {header.size[2]} slices, got {count}; "
             "copy it again"
         )
     if not stored.fully_stored:  # as is usual where there is nothing to see

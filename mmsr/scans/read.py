@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMATS', 'format_of', 'Found', 'find_scan', 'inspect_file', 'open_stack', 'read_options', 'read_volume', 'read_mask']
 
-# %% ../../nbs/5_scans/09_read.ipynb #db160469
+# %% ../../nbs/5_scans/09_read.ipynb #c6340639
 import errno
 import os
 import re
@@ -20,6 +20,7 @@ import numpy as np
 from mmsr.core import (
     FileError,
     GeometryError,
+    MMSRError,
     RangeError,
     ResourceError,
     SettingsError,
@@ -166,7 +167,7 @@ def _below(path: Path, inside: list[Found]) -> Iterator[Path]:
                 folders.remove(name)
         yield from (Path(top) / name for name in names)
 
-# %% ../../nbs/5_scans/09_read.ipynb #79a5fed2
+# %% ../../nbs/5_scans/09_read.ipynb #fbd1d8b6
 @contextmanager
 def _one_line(name: str) -> Iterator[None]:
     """Say in one line what the system has to say."""
@@ -185,7 +186,10 @@ def _one_line(name: str) -> Iterator[None]:
 def inspect_file(kind: Format, file: Path) -> list[Any]:
     """Read what a file says of itself, without its voxels: one record, or one for each frame."""
     with _one_line(file.name):
-        return kind.inspect(file)
+        try:
+            return kind.inspect(file)
+        except MMSRError as e:  # a format says what is wrong, this says with which file
+            raise type(e)(f"{file.name}: {e}") from e
 
 
 def open_stack(options: ReadOptions, found: Found, heads: list[Any]) -> SliceSource:

@@ -300,13 +300,14 @@ def volume_of(options: ReadOptions, stack: SliceSource, *, lazy: bool = False) -
         array, *placed, options.modality, unit, tuple(dict.fromkeys(options.notes)), source
     )
 
-# %% ../../nbs/5_scans/01_slices.ipynb #f4758d73
+# %% ../../nbs/5_scans/01_slices.ipynb #ff87ea50
 class Format(NamedTuple):
     """How the files of one format are known, inspected and opened."""
 
     name: str
     endings: tuple[str, ...]  # in small letters, with their dot
-    inspect: Callable[[Path], list[Any]]  # what one file says of itself, without its voxels
+    # what one file says of itself, without its voxels; refusals need not name the file
+    inspect: Callable[[Path], list[Any]]
     open: Callable[[ReadOptions, list[Any]], SliceSource]  # what the files of one scan have said
     is_one: Callable[[Path], bool] = lambda path: False  # tells a file or folder by its contents
     many: bool = False  # whether a folder of such files is one scan

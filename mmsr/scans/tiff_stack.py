@@ -81,7 +81,7 @@ def _tiff_cut(tif: Any) -> bool:
             return True
     return False
 
-# %% ../../nbs/5_scans/07_tiff_stack.ipynb #c7ca6240
+# %% ../../nbs/5_scans/07_tiff_stack.ipynb #62f4be62
 LENGTHS_MM = {
     **dict.fromkeys(("µm", "μm", "um", "micron", "microns", "micrometer", "\\u00B5m"), 1e-3),
     **dict.fromkeys(("mm", "millimeter"), 1.0),
@@ -126,19 +126,17 @@ def read_tiff(path: Path) -> list[TiffFile]:
             grey = page.samplesperpixel == 1 and photometric in (0, 1) and series.dtype is not None
             count, dtype, said = len(tif.series), np.dtype(series.dtype), _tiff_voxel(tif)
     except Exception as e:  # tifffile and its codecs fail in many ways
-        raise FileError(
-            f"{path.name}: is not a TIFF that can be read, or is cut short; copy it again"
-        ) from e
+        raise FileError("is not a TIFF that can be read, or is cut short; copy it again") from e
     if cut:
-        raise FileError(f"{path.name}: cut short, pages or pixels are missing; copy the file again")
+        raise FileError("cut short, pages or pixels are missing; copy the file again")
     if not grey or dtype.kind not in "iuf" or (photometric == 0 and dtype.kind != "u"):
         raise FileError(
-            f"{path.name}: expected one grey value per pixel (whole number or float), got colour or "
+            "expected one grey value per pixel (whole number or float), got colour or "
             "another kind; convert it"
         )
     if count > 1 or len(stacked) > 1 or not min(height, width, *stacked):
         raise ShapeError(
-            f"{path.name}: expected one stack of slices, got {count} of {2 + len(stacked)}-D; save one"
+            f"expected one stack of slices, got {count} of {2 + len(stacked)}-D; save one"
         )
     lossy = packing in (6, 7, 33003, 33005, 34712, 50001, 50002)  # JPEG, JPEG 2000, WebP, JPEG XL
     named = {"C": "channels", "T": "times"}.get(axis if stacked[0] > 1 else "", "")

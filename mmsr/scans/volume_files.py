@@ -36,7 +36,7 @@ from mmsr.scans.volume_headers import (
     unpack,
 )
 
-# %% ../../nbs/5_scans/06_volume_files.ipynb #b59030ae
+# %% ../../nbs/5_scans/06_volume_files.ipynb #cd4e3fc8
 def _check_length(options: ReadOptions, header: Header, found: int) -> None:
     """Refuse a file with less data than its header promises; doubt one with more."""
     name, ahead = header.data.name, header.start
@@ -66,11 +66,14 @@ def _open_data(options: ReadOptions, header: Header) -> tuple[SharedFile, int]:
             "for temporary files; free some space, or set TMPDIR to a larger disk"
         )
     held, found = SharedFile(tempfile.TemporaryFile()), 0  # noqa: SIM115 (held on purpose)
-    for piece in unpack(header.data, header.start):
-        held.file.write(piece[: max(header.due - found, 0)])
-        found += len(piece)
-        if found > header.due and not options.force:
-            break
+    try:
+        for piece in unpack(header.data, header.start):
+            held.file.write(piece[: max(header.due - found, 0)])
+            found += len(piece)
+            if found > header.due and not options.force:
+                break
+    except FileError as e:
+        raise FileError(f"{header.data.name}: {e}") from e
     _check_length(options, header, found)
     return held, header.skip
 

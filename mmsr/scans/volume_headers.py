@@ -17,7 +17,7 @@ import numpy as np
 
 from ..core import RESEARCH_ONLY, FileError, MMSRError, ShapeError
 
-# %% ../../nbs/5_scans/05_volume_headers.ipynb #791c6306
+# %% ../../nbs/5_scans/05_volume_headers.ipynb #1e0b5eed
 class Header(NamedTuple):
     """What the header of a file says of its voxels; None where it does not say."""
 
@@ -49,27 +49,27 @@ def notice_in(text: str) -> tuple[str, ...]:
 
 def read_header(read: Callable[[Path], Header], path: Path) -> list[Header]:
     """Read a header by one of the functions below; refuse what is not understood, or not 3-D."""
+    from nibabel.spatialimages import HeaderDataError
+
     if path.stat().st_size == 0:
-        raise FileError(f"{path.name}: is empty; copy the file again")
+        raise FileError("is empty; copy the file again")
     try:
         with np.errstate(all="ignore"):  # what is not finite is refused by name
             header = read(path)
     except MMSRError:
         raise
-    except (ValueError, KeyError, OverflowError) as e:
+    except (ValueError, KeyError, OverflowError, HeaderDataError) as e:
         raise FileError(
-            f"{path.name}: its header is cut short or cannot be understood ({e}); copy or convert it"
+            f"its header is cut short or cannot be understood ({e}); copy or convert it"
         ) from e
     size, shown = header.size, " × ".join(map(str, header.size))
     if len(size) < 3 or math.prod(size[3:]) != 1:
-        raise ShapeError(
-            f"{path.name}: expected 3-D, got {len(size)}-D ({shown}); save one volume of it"
-        )
+        raise ShapeError(f"expected 3-D, got {len(size)}-D ({shown}); save one volume of it")
     if min(size) < 1:
-        raise ShapeError(f"{path.name}: expected voxels, got a size of {shown}")
+        raise ShapeError(f"expected voxels, got a size of {shown}")
     return [header]
 
-# %% ../../nbs/5_scans/05_volume_headers.ipynb #8840dbd4
+# %% ../../nbs/5_scans/05_volume_headers.ipynb #749678de
 def unpack(path: Path, start: int = 0) -> Iterator[bytes]:
     """Yield the contents of a gzip or zlib stream in small pieces, to its end and checksum."""
     stream = zlib.decompressobj(47)  # 47: either header
@@ -86,10 +86,10 @@ def unpack(path: Path, start: int = 0) -> Iterator[bytes]:
                     f.seek(-2, 1)
                     stream = zlib.decompressobj(47)
     except zlib.error as e:
-        raise FileError(f"{path.name}: expected packed data, got a damaged or other file") from e
-    raise FileError(f"{path.name}: cut short, its packed data break off; copy the file again")
+        raise FileError("expected packed data, got a damaged or other file") from e
+    raise FileError("cut short, its packed data break off; copy the file again")
 
-# %% ../../nbs/5_scans/05_volume_headers.ipynb #a523ab83
+# %% ../../nbs/5_scans/05_volume_headers.ipynb #e23cb422
 _CONTRADICTS = "contradicts itself: {}; mend its header"
 
 
@@ -98,21 +98,19 @@ def _nifti_fields(path: Path, raw: bytes) -> Any:
     import nibabel
 
     kinds = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}
-    for order in ("little", "big"):
-        kind = kinds.get(int.from_bytes(raw[:4], order))
-        if kind and len(raw) >= kind.sizeof_hdr:
-            head = kind(raw[: kind.sizeof_hdr], order, check=False)  # checked here, nothing mended
-            break
-    else:
-        raise FileError(f"{path.name}: expected a NIfTI header, got something else; convert it")
-    magic, single = head["magic"].item()[:3], not path.name.lower().endswith(".hdr")
+    sizes = {order: int.from_bytes(raw[:4], order) for order in ("little", "big")}
+    order = next((o for o, size in sizes.items() if size in kinds and len(raw) >= size), "")
+    if not order:
+        raise FileError("expected a NIfTI header, got something else; convert it")
+    size, single = sizes[order], path.suffix.lower() != ".hdr"
+    head = kinds[size](raw[:size], order, check=False)  # checked here, nothing is mended
+    magic, offset = head["magic"].item()[:3], float(head["vox_offset"])
     if magic not in (b"n+1", b"n+2", b"ni1", b"ni2"):
-        raise FileError(f"{path.name}: expected NIfTI, got Analyze or another format; convert it")
+        raise FileError("expected NIfTI, got Analyze or another format; convert it")
     if single != (magic[1:2] == b"+"):
-        raise FileError(f"{path.name}: its ending does not fit its NIfTI header; convert it")
-    offset = float(head["vox_offset"])
-    if offset != int(offset) or offset < (kind.sizeof_hdr if single else 0):
-        raise FileError(f"{path.name}: its voxels cannot start at byte {offset:g}; convert it")
+        raise FileError("its ending does not fit its NIfTI header; convert it")
+    if offset != int(offset) or offset < (size if single else 0):
+        raise FileError(f"its voxels cannot start at byte {offset:g}; convert it")
     if not 1 <= head["dim"][0] <= 7:
         raise ValueError("dim")
     return head
@@ -120,19 +118,14 @@ def _nifti_fields(path: Path, raw: bytes) -> Any:
 
 def _nifti_affine(head: Any) -> np.ndarray | None:
     """Return the sform, or else the qform, of a NIfTI header (4, 4), RAS; None if it has neither."""
-    from nibabel.spatialimages import HeaderDataError
-
     if head["sform_code"] > 0:
         return head.get_sform()
     if head["qform_code"] <= 0:
         return None
     head["pixdim"][0] = -1 if head["pixdim"][0] < 0 else 1  # 0 stands for 1
-    try:
-        return head.get_qform()
-    except HeaderDataError as e:
-        raise ValueError(e) from e
+    return head.get_qform()
 
-# %% ../../nbs/5_scans/05_volume_headers.ipynb #eb780541
+# %% ../../nbs/5_scans/05_volume_headers.ipynb #37034e71
 def read_nifti(path: Path) -> Header:
     """Read the header of a NIfTI file, version 1 or 2."""
     from nibabel.spatialimages import HeaderDataError
@@ -145,14 +138,14 @@ def read_nifti(path: Path) -> Header:
     head = _nifti_fields(path, raw)
     data = path.with_suffix(".img") if path.suffix.lower() == ".hdr" else path
     if not data.is_file():
-        raise FileError(f"{path.name}: expected its data file {data.name!r} beside it, not found")
+        raise FileError(f"expected its data file {data.name!r} beside it, not found")
     try:
         dtype = head.get_data_dtype()
     except HeaderDataError:
         dtype = np.dtype("V1")
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
         raise FileError(
-            f"{path.name}: expected one whole number or float per voxel, got colour, complex numbers "
+            "expected one whole number or float per voxel, got colour, complex numbers "
             f"or bits (NIfTI type {head['datatype']}); convert it to grey"
         )
     offset, units = int(head["vox_offset"]), int(head["xyzt_units"]) & 7
@@ -189,7 +182,7 @@ def read_nifti(path: Path) -> Header:
         header = header._replace(doubts=doubts, spacing=tuple(map(float, norms)))
     return header._replace(axes=rows[:, :3] / norms, origin=tuple(map(float, rows[:, 3])))
 
-# %% ../../nbs/5_scans/05_volume_headers.ipynb #c8c83434
+# %% ../../nbs/5_scans/05_volume_headers.ipynb #bcfc6644
 def _text_header(path: Path, separator: str) -> tuple[dict[str, str], int, tuple[str, ...]]:
     """Read the fields of an NRRD or MetaImage file, where they end, and the notice if they hold it."""
     fields: dict[str, str] = {}
@@ -199,7 +192,7 @@ def _text_header(path: Path, separator: str) -> tuple[dict[str, str], int, tuple
             key, found, value = (part.strip() for part in line.partition(separator))
             stated = found and not line.startswith("#")
             if stated and fields.setdefault(key.lower(), value) != value:
-                raise FileError(f"{path.name}: its header says {key[:40]!r} twice; mend it")
+                raise FileError(f"its header says {key[:40]!r} twice; mend it")
             if not line or key == "ElementDataFile":
                 break
         end = f.tell()
@@ -207,38 +200,33 @@ def _text_header(path: Path, separator: str) -> tuple[dict[str, str], int, tuple
         return fields, end, notice_in(f.read(end).decode("latin-1"))
 
 
+def _words(text: str) -> dict[str, str]:
+    """Turn "type: word, word; type: …" into a dict from word to type."""
+    lines = [line.split(": ") for line in text.split("; ")]
+    return {word: kind for kind, words in lines for word in words.split(", ")}
+
+
 def _beside(path: Path, name: str) -> Path:
     """Return the data file that a header names; it lies in the same folder."""
     data = path.parent / Path(name).name
     if not name or not data.is_file():
-        raise FileError(f"{path.name}: expected its data file {name!r} beside it, not found there")
+        raise FileError(f"expected its data file {name!r} beside it, not found there")
     return data
 
 
-def _known(path: Path, what: str, value: str, known: dict[str, Any]) -> Any:
+def _known(what: str, value: str, known: dict[str, Any]) -> Any:
     """Look up a word of a header, or refuse it."""
     if value not in known:
         shown = value[:40] or "nothing"
-        raise FileError(f"{path.name}: expected a known {what}, got {shown!r}; convert it")
+        raise FileError(f"expected a known {what}, got {shown!r}; convert it")
     return known[value]
 
-# %% ../../nbs/5_scans/05_volume_headers.ipynb #d71a3eac
-_NRRD_TYPES = {
-    word: kind
-    for kind, words in {
-        "i1": ("signed char", "int8"),
-        "u1": ("uchar", "unsigned char", "uint8"),
-        "i2": ("short", "int16"),
-        "u2": ("ushort", "unsigned short", "uint16"),
-        "i4": ("int", "int32"),
-        "u4": ("uint", "unsigned int", "uint32"),
-        "i8": ("longlong", "long long", "int64"),
-        "u8": ("ulonglong", "unsigned long long", "uint64"),
-        "f4": ("float",),
-        "f8": ("double",),
-    }.items()
-    for word in words
-}
+# %% ../../nbs/5_scans/05_volume_headers.ipynb #beefa4bd
+_NRRD_TYPES = _words(
+    "i1: signed char, int8; u1: uchar, unsigned char, uint8; i2: short, int16; u2: ushort, "
+    "unsigned short, uint16; i4: int, int32; u4: uint, unsigned int, uint32; i8: longlong, "
+    "long long, int64; u8: ulonglong, unsigned long long, uint64; f4: float; f8: double"
+)
 _NRRD_SPACES = {  # to LPS
     **dict.fromkeys(("left-posterior-superior", "lps"), (1, 1, 1)),
     **dict.fromkeys(("right-anterior-superior", "ras"), (-1, -1, 1)),
@@ -272,14 +260,14 @@ def read_nrrd(path: Path) -> Header:
     fields, end, notes = _text_header(path, ":")
     with path.open("rb") as f:
         if f.read(4) != b"NRRD":
-            raise FileError(f"{path.name}: expected an NRRD header, got something else; convert it")
+            raise FileError("expected an NRRD header, got something else; convert it")
     word = re.sub(r"_t$|^signed (?!char)|(?<=short|.long) int$", "", fields["type"].lower())
-    kind: str = _known(path, "type", word, _NRRD_TYPES)
+    kind: str = _known("type", word, _NRRD_TYPES)
     packings = {"raw": False, "gzip": True, "gz": True}
-    packed = _known(path, "encoding", fields["encoding"].lower(), packings)
+    packed = _known("encoding", fields["encoding"].lower(), packings)
     if kind[1] != "1":
         orders = {"little": "<", "big": ">"}
-        kind = _known(path, "endian", fields.get("endian", "").lower(), orders) + kind
+        kind = _known("endian", fields.get("endian", "").lower(), orders) + kind
     size = tuple(map(int, fields["sizes"].split()))
     other = fields.get("data file", fields.get("datafile"))
     header = Header(size, np.dtype(kind), path, end, packed, notes=notes)
@@ -290,46 +278,37 @@ def read_nrrd(path: Path) -> Header:
     skip = int(fields.get("byte skip", fields.get("byteskip", "0")))
     lines = int(fields.get("line skip", fields.get("lineskip", "0")))
     if lines or skip < -1 or (skip < 0 and packed):
-        raise FileError(
-            f"{path.name}: skips lines or bytes of its data in a way not known here; convert it"
-        )
+        raise FileError("skips lines or bytes of its data in a way not known here; convert it")
     if skip < 0:  # the voxels are the last bytes
         skip = header.data.stat().st_size - header.start - header.due
     header = header._replace(skip=skip)
     kinds = fields.get("kinds", "").lower().split()
     if set(kinds) - {"domain", "space", "none", "???"}:
         raise FileError(
-            f"{path.name}: expected one value per voxel, got axes of kind {' '.join(kinds)} (colour or "
+            f"expected one value per voxel, got axes of kind {' '.join(kinds)} (colour or "
             "vectors); convert it to grey"
         )
     return _nrrd_place(header, fields)
 
-# %% ../../nbs/5_scans/05_volume_headers.ipynb #57c66975
-_META_TYPES = {
-    f"MET_{word}": kind
-    for words, kind in (
-        *(("CHAR", "i1"), ("UCHAR", "u1"), ("SHORT", "i2"), ("USHORT", "u2"), ("INT LONG", "i4")),
-        *(("UINT ULONG", "u4"), ("LONG_LONG", "i8"), ("ULONG_LONG", "u8"), ("FLOAT", "f4")),
-        ("DOUBLE", "f8"),
-    )
-    for word in words.split()
-}
+# %% ../../nbs/5_scans/05_volume_headers.ipynb #a36fb775
+_META_TYPES = _words(
+    "i1: MET_CHAR; u1: MET_UCHAR; i2: MET_SHORT; u2: MET_USHORT; i4: MET_INT, MET_LONG; "
+    "u4: MET_UINT, MET_ULONG; i8: MET_LONG_LONG; u8: MET_ULONG_LONG; f4: MET_FLOAT; f8: MET_DOUBLE"
+)
 
 
 def read_metaimage(path: Path) -> Header:
     """Read the header of a MetaImage file."""
     fields, end, notes = _text_header(path, "=")
     yes = {"true": True, "1": True, "false": False, "0": False}
-    kind: str = _known(path, "element type", fields["elementtype"].upper(), _META_TYPES)
+    kind: str = _known("element type", fields["elementtype"].upper(), _META_TYPES)
     msb = fields.get("binarydatabyteordermsb", fields.get("elementbyteordermsb", "false"))
-    order = ">" if _known(path, "byte order", msb.lower(), yes) else "<"
-    if not _known(path, "kind of data", fields.get("binarydata", "true").lower(), yes):
-        raise FileError(f"{path.name}: expected binary data, got text; convert it")
+    order = ">" if _known("byte order", msb.lower(), yes) else "<"
+    if not _known("kind of data", fields.get("binarydata", "true").lower(), yes):
+        raise FileError("expected binary data, got text; convert it")
     if int(fields.get("elementnumberofchannels", "1")) != 1:
-        raise FileError(
-            f"{path.name}: expected one value per voxel, got colour or vectors; convert it to grey"
-        )
-    packed = _known(path, "packing", fields.get("compresseddata", "false").lower(), yes)
+        raise FileError("expected one value per voxel, got colour or vectors; convert it to grey")
+    packed = _known("packing", fields.get("compresseddata", "false").lower(), yes)
     size = tuple(map(int, fields["dimsize"].split()))
     rank = len(size)
     if int(fields["ndims"]) != rank:
