@@ -51,7 +51,7 @@ def slice_range(slices: tuple[int, int] | None, count: int, name: str) -> tuple[
         )
     return first, last
 
-# %% ../../nbs/1_data/01_volume.ipynb #c33e688b
+# %% ../../nbs/1_data/01_volume.ipynb #68ddb406
 class Volume(NamedTuple):
     """A scan: voxels, their size, and their place in the world.
 
@@ -192,36 +192,45 @@ class Volume(NamedTuple):
         return cls(array, spacing, origin, image.GetDirection(), modality, unit)
 
     def __repr__(self) -> str:
-        """Say in at most five lines what it is, without reading what is not in memory."""
-        size, spacing = (" × ".join(map("{:.6g}".format, n)) for n in (self.shape, self.spacing_mm))
-        lines = [
-            f"Volume: {self.modality} CT in {self.unit}",
-            f"{size} voxels (z, y, x), {self.array.dtype}",
-            f"{spacing} mm (z, y, x)",
-            "not in memory: read slice by slice",
-        ]
-        if type(self.array) is np.ndarray and self.array.size:
-            lines[3] = f"{self.array.min():.6g} to {self.array.max():.6g} {self.unit}"
-        return "\n".join(
-            lines + [f"{n} notes"[: -1 if n == 1 else None] for n in [len(self.notes)] if n]
-        )
+        return _in_words(self)
 
     def _repr_html_(self) -> str:
-        """Show the middle slice beside the text; of a lazy volume, one slice is read."""
-        import base64
-        import io
+        return f"{_picture(self)}<pre>{self!r}</pre>"
 
-        from PIL import Image
+# %% ../../nbs/1_data/01_volume.ipynb #50f1627c
+def _in_words(volume: Volume) -> str:
+    """Say in at most five lines what a volume is, without reading what is not in memory."""
+    size, spacing = (
+        " × ".join(f"{n:.6g}" for n in sizes) for sizes in (volume.shape, volume.spacing_mm)
+    )
+    known = "read slice by slice"
+    if type(volume.array) is np.ndarray and volume.array.size:
+        known = f"{volume.array.min():.6g} to {volume.array.max():.6g} {volume.unit}"
+    lines = [
+        f"Volume: {volume.modality} CT in {volume.unit}",
+        f"size     {size} (z, y, x), {volume.array.dtype}",
+        f"voxel    {spacing} mm",
+        f"values   {known}",
+    ]
+    return "\n".join(lines + [f"notes    {len(volume.notes)}"] * bool(volume.notes))
 
-        plane = np.nan_to_num(np.asarray(self.array[len(self.array) // 2], np.float32))
-        plane = plane[:: -(-len(plane) // 160), :: -(-plane.shape[1] // 160)]
-        low, high = LUNG_WINDOW_HU if self.unit == "HU" else np.percentile(plane, (0.5, 99.5))
-        grey = (255 * ((plane - low) / max(high - low, 1e-6)).clip(0, 1)).astype(np.uint8)
-        Image.fromarray(grey).save(png := io.BytesIO(), "png")
-        data = base64.b64encode(png.getvalue()).decode()
-        style = f"height:120px;aspect-ratio:{self.shape[2] * self.spacing_mm[2]:.4g}/"
-        style += f"{self.shape[1] * self.spacing_mm[1]:.4g};float:left;margin-right:1em"
-        return f'<img style="{style}" src="data:image/png;base64,{data}"><pre>{self!r}</pre>'
+
+def _picture(volume: Volume) -> str:
+    """Draw the middle slice in HTML; of a lazy volume, only that slice is read."""
+    import base64
+    import io
+
+    from PIL import Image
+
+    plane = np.nan_to_num(np.asarray(volume.array[len(volume.array) // 2], np.float32))
+    height, width = np.multiply(plane.shape, volume.spacing_mm[1:])
+    plane = plane[:: -(-plane.shape[0] // 160), :: -(-plane.shape[1] // 160)]
+    low, high = LUNG_WINDOW_HU if volume.unit == "HU" else np.percentile(plane, (0.5, 99.5))
+    grey = (255 * ((plane - low) / max(high - low, 1e-6)).clip(0, 1)).astype(np.uint8)
+    Image.fromarray(grey).save(png := io.BytesIO(), "png")
+    style = f"height:120px;aspect-ratio:{width:.4g}/{height:.4g};float:left;margin-right:1em"
+    data = base64.b64encode(png.getvalue()).decode()
+    return f'<img style="{style}" src="data:image/png;base64,{data}">'
 
 # %% ../../nbs/1_data/01_volume.ipynb #c5ddf9dc
 def sr_geometry(

@@ -20,7 +20,7 @@ import numpy as np
 from ..core import RESEARCH_ONLY, FileError, GeometryError, MMSRError, RangeError
 from .slices import MODALITIES, Block, ReadOptions, refuse_unless_forced
 
-# %% ../../nbs/5_scans/02_dicom_file.ipynb #707038ec
+# %% ../../nbs/5_scans/02_dicom_file.ipynb #a7a7020e
 _UIDS = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")
 _TEXTS = (
     *("Modality", "PhotometricInterpretation", "PixelPresentation", "RescaleType", "SeriesNumber"),
@@ -36,6 +36,9 @@ _VECTORS = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpaci
 _TAGS = (*_UIDS, *_TEXTS, "ImageType", "ImageComments", *_NUMBERS, *_VECTORS)
 
 
+Pieces = tuple[tuple[int, int], ...]  # where the bytes of a frame are, and how many
+
+
 class DicomSlice(NamedTuple):
     """One slice as its header tells: plain values, and where in the file its pixels are."""
 
@@ -43,8 +46,7 @@ class DicomSlice(NamedTuple):
     frame: int  # which frame of it, 1 …; 0 if it has one only
     tags: dict[str, Any]  # values of the tags that matter, by name
     syntax: Any  # the transfer syntax: how bytes become pixels
-    # where its bytes are, and how many; none if the file is cut short
-    pieces: tuple[tuple[int, int], ...]
+    pieces: Pieces  # none if the file is cut short
 
     @property
     def name(self) -> str:
@@ -84,12 +86,11 @@ def _plain(data: Any, *, numbers: bool = True) -> dict[str, Any]:
         tags[tag] = number if sizes else number.item()
     return tags
 
-# %% ../../nbs/5_scans/02_dicom_file.ipynb #da9ef427
+# %% ../../nbs/5_scans/02_dicom_file.ipynb #11f7998d
 # where an enhanced object keeps the same tags: once for all frames, or once for each
 _GROUPS = (
-    *("FrameContentSequence", "PlanePositionSequence", "PlaneOrientationSequence"),
-    *("PixelMeasuresSequence", "PixelValueTransformationSequence", "CTImageFrameTypeSequence"),
-    *("CTReconstructionSequence",),
+    *("FrameContent", "PlanePosition", "PlaneOrientation", "PixelMeasures"),
+    *("PixelValueTransformation", "CTImageFrameType", "CTReconstruction"),
 )
 _SHARED, _EACH = "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"
 
@@ -98,7 +99,7 @@ def _frames(data: Any, groups: list[Any], common: dict[str, Any]) -> list[dict[s
     """Return the tags of each frame: those of the object, of all frames, and its own."""
 
     def held(holder: Any) -> dict[str, Any]:
-        items = [item for macro in _GROUPS for item in (holder.get(macro) or [])[:1]]
+        items = [item for group in _GROUPS for item in (holder.get(f"{group}Sequence") or [])[:1]]
         tags = [(t, v) for item in items for t, v in _plain(item).items()]
         return {t: v for t, v in tags if v is not None and len(str(v))}
 
@@ -113,7 +114,7 @@ def _frames(data: Any, groups: list[Any], common: dict[str, Any]) -> list[dict[s
         tags["DimensionIndexValues"] = ".".join(indices[n] for n in apart if n < len(indices))
     return frames
 
-# %% ../../nbs/5_scans/02_dicom_file.ipynb #1b75a1f0
+# %% ../../nbs/5_scans/02_dicom_file.ipynb #d0e950bf
 _JPEG = "1.2.840.10008.1.2.4."
 _DECODERS = {  # names in imagecodecs; these refuse damaged streams, others crash on some
     **dict.fromkeys((_JPEG + "57", _JPEG + "70"), "ljpeg_decode"),
@@ -124,7 +125,6 @@ _MAYBE_LOSSY = (_JPEG + "81", _JPEG + "91", _JPEG + "203")
 _RLE = "1.2.840.10008.1.2.5"
 _NATIVE = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
-Pieces = tuple[tuple[int, int], ...]  # where the bytes of a frame are, and how many
 
 
 def _find_pixels(f: BinaryIO, tags: dict[str, Any], syntax: Any, count: int) -> list[Pieces]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DICOM', 'SeriesSummary', 'scan_series', 'open_dicom', 'DicomFacts', 'dicom_facts']
 
-# %% ../../nbs/5_scans/04_dicom_series.ipynb #175afcd1
+# %% ../../nbs/5_scans/04_dicom_series.ipynb #9e7e932b
 import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -34,7 +34,7 @@ from mmsr.scans.regular_grid import (
     measure_steps,
     resample_to_regular_grid,
 )
-from .slices import Block, Format, ReadOptions, SliceSource, check_spacing, given_voxel
+from .slices import Block, Format, ReadOptions, SliceSource
 
 # %% ../../nbs/5_scans/04_dicom_series.ipynb #965d6df2
 def _axes(head: DicomSlice) -> np.ndarray:
@@ -240,7 +240,7 @@ def _one_series(
         )
     return chosen[0]
 
-# %% ../../nbs/5_scans/04_dicom_series.ipynb #28a3ed3e
+# %% ../../nbs/5_scans/04_dicom_series.ipynb #7d8ebd14
 def open_dicom(options: ReadOptions, heads: Sequence[DicomSlice]) -> SliceSource:
     """Open the slices of one DICOM series without decoding any."""
     _, chosen = _one_series(options, heads)
@@ -274,13 +274,8 @@ def open_dicom(options: ReadOptions, heads: Sequence[DicomSlice]) -> SliceSource
             f"slices {thick:g} mm thick lie {step:.4g} mm apart: what is between is not known"
         )
     shape = len(heads), int(tags["Rows"]), int(tags["Columns"])
-    check_spacing(options, grid.spacing_mm)
     stack = SliceSource(shape, kind, grid, blocks, source)
-    if bent:
-        stack = resample_to_regular_grid(options, stack, places)
-    grid = given_voxel(options, stack.grid)
-    check_spacing(options, grid.spacing_mm)
-    return stack._replace(grid=grid)
+    return resample_to_regular_grid(options, stack, places) if bent else stack
 
 
 def _own_thickness(options: ReadOptions, tags: dict[str, Any]) -> float:
@@ -296,7 +291,7 @@ def _own_thickness(options: ReadOptions, tags: dict[str, Any]) -> float:
 
 DICOM = Format("DICOM", (".dcm", ".ima"), read_slices, open_dicom, is_dicom, many=True)
 
-# %% ../../nbs/5_scans/04_dicom_series.ipynb #0ac2d037
+# %% ../../nbs/5_scans/04_dicom_series.ipynb #b43f32b2
 class DicomFacts(NamedTuple):
     """What the headers of one series say, sound or not."""
 
@@ -307,7 +302,6 @@ class DicomFacts(NamedTuple):
     padding_stored: float | None  # declared padding, as a stored number
     # (z, y, x); z is the usual step, NaN for a single slice that does not say its thickness
     spacing_mm: tuple[float, float, float]
-    direction: tuple[float, ...]  # columns: row, column and normal of the slices
     # between the slice normal and the way from slice to slice; 0 if within tolerance
     tilt_degrees: float
     sideways_mm: float  # how far the slices move off the normal
@@ -340,7 +334,6 @@ def dicom_facts(options: ReadOptions, heads: Sequence[DicomSlice]) -> DicomFacts
         photometric=tags["PhotometricInterpretation"],
         padding_stored=tags["PixelPaddingValue"],
         spacing_mm=(fit.usual, float(tags["PixelSpacing"][0]), float(tags["PixelSpacing"][1])),
-        direction=tuple(float(d) + 0.0 for d in axes.ravel()),
         tilt_degrees=fit.tilt if sheared else 0.0,
         sideways_mm=fit.sideways,
         steps_mm=(float(fit.steps.min()), float(fit.steps.max())),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMATS', 'format_of', 'Found', 'find_scan', 'inspect_file', 'open_stack', 'read_options', 'read_volume', 'read_mask']
 
-# %% ../../nbs/5_scans/09_read.ipynb #c6340639
+# %% ../../nbs/5_scans/09_read.ipynb #d6ed5bd0
 import errno
 import os
 import re
@@ -34,6 +34,8 @@ from mmsr.scans.slices import (
     Format,
     ReadOptions,
     SliceSource,
+    check_spacing,
+    given_voxel,
     volume_of,
     voxel_size,
 )
@@ -167,7 +169,7 @@ def _below(path: Path, inside: list[Found]) -> Iterator[Path]:
                 folders.remove(name)
         yield from (Path(top) / name for name in names)
 
-# %% ../../nbs/5_scans/09_read.ipynb #fbd1d8b6
+# %% ../../nbs/5_scans/09_read.ipynb #574bed49
 @contextmanager
 def _one_line(name: str) -> Iterator[None]:
     """Say in one line what the system has to say."""
@@ -199,7 +201,10 @@ def open_stack(options: ReadOptions, found: Found, heads: list[Any]) -> SliceSou
     if options.series is not None and found.format is not DICOM:
         raise SettingsError(f"series: {options.name} is no DICOM and has no series; leave it out")
     with _one_line(options.name):
-        return found.format.open(options, heads)
+        stack = found.format.open(options, heads)
+    grid = given_voxel(options, stack.grid)
+    check_spacing(options, grid.spacing_mm)
+    return stack._replace(grid=grid)
 
 
 def read_options(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAME_MM', 'ROUNDED_MM', 'SliceSpacing', 'measure_steps', 'resample_to_regular_grid']
 
-# %% ../../nbs/5_scans/03_regular_grid.ipynb #9ae20213
+# %% ../../nbs/5_scans/03_regular_grid.ipynb #7e5a19be
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -14,7 +14,7 @@ import numpy as np
 
 from ..core import GeometryError
 from ..data.volume import AIR_HU, Grid
-from .slices import Block, HuHistogram, ReadOptions, SliceSource
+from .slices import Block, HuHistogram, ReadOptions, SliceSource, check_spacing
 
 # %% ../../nbs/5_scans/03_regular_grid.ipynb #9aac994f
 SAME_MM = 1e-3  # slices nearer than this lie at one place
@@ -99,7 +99,7 @@ def _even_steps(name: str, fit: SliceSpacing) -> _Mix:
     gap = (fit.along[after] - fit.along[below]).clip(1e-9)
     return _Mix(below, after, np.where(above > ROUNDED_MM, above / gap, 0), step)  # near: as it is
 
-# %% ../../nbs/5_scans/03_regular_grid.ipynb #dd314855
+# %% ../../nbs/5_scans/03_regular_grid.ipynb #cf8e7636
 def resample_to_regular_grid(
     options: ReadOptions, stack: SliceSource, places_mm: np.ndarray
 ) -> SliceSource:
@@ -112,6 +112,7 @@ def resample_to_regular_grid(
             f"{options.name}: expected a clinical scan to resample, got {options.modality}: what lies "
             "outside its field is not known; resample it with its own tools"
         )
+    check_spacing(options, stack.grid.spacing_mm)
     sides, source = stack.shape[1:], stack.source
     pixel, axes = np.array(stack.grid.spacing_mm[1:]), np.reshape(stack.grid.direction, (3, 3))
     fit = measure_steps(places_mm, axes[:, 2])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Said', 'LENGTHS_MM', 'TIFF', 'TiffFile', 'read_tiff', 'open_tiff']
 
-# %% ../../nbs/5_scans/07_tiff_stack.ipynb #1935b960
+# %% ../../nbs/5_scans/07_tiff_stack.ipynb #40f1729a
 import logging
 import math
 import re
@@ -23,8 +23,6 @@ from mmsr.scans.slices import (
     ReadOptions,
     SharedFile,
     SliceSource,
-    check_spacing,
-    given_voxel,
     refuse_unless_forced,
 )
 
@@ -189,7 +187,7 @@ def _said_beside(files: list[Path], size: tuple[int, int]) -> list[Said]:
         said.append(((z, y, x), f"{path.name}, [{section}] {word}"))
     return said
 
-# %% ../../nbs/5_scans/07_tiff_stack.ipynb #eedf0e43
+# %% ../../nbs/5_scans/07_tiff_stack.ipynb #ebffb312
 def _tiff_grid(options: ReadOptions, files: list[TiffFile]) -> Grid:
     """Find the voxel size of a stack: said by the files, beside them, or by the caller."""
     said = [files[0].said] if files[0].said else []
@@ -208,7 +206,7 @@ def _tiff_grid(options: ReadOptions, files: list[TiffFile]) -> Grid:
             raise GeometryError(f"{text}; give voxel_mm=… or voxel_um=… and --force (force=True)")
         refuse_unless_forced(options, GeometryError, f"{text}; take away what is wrong")
     options.notes.append(f"voxel size (z, y, x) {shown[0]}")
-    return given_voxel(options, Grid(said[0][0]))
+    return Grid(said[0][0])
 
 # %% ../../nbs/5_scans/07_tiff_stack.ipynb #4968ccf0
 def _check_stack(options: ReadOptions, files: list[TiffFile]) -> None:
@@ -236,7 +234,7 @@ def _check_stack(options: ReadOptions, files: list[TiffFile]) -> None:
     if files[0].inverted:
         options.notes.append("stored with white as 0: turned round, so that dense is bright")
 
-# %% ../../nbs/5_scans/07_tiff_stack.ipynb #b4e1b501
+# %% ../../nbs/5_scans/07_tiff_stack.ipynb #fae13215
 def _tiff_slices(tif: Any, first: int, last: int) -> Iterator[np.ndarray]:
     """Read pages of an open TIFF file, one at a time."""
     series = tif.series[0]
@@ -256,9 +254,7 @@ def _tiff_slices(tif: Any, first: int, last: int) -> Iterator[np.ndarray]:
 def open_tiff(options: ReadOptions, files: list[TiffFile]) -> SliceSource:
     """Open a TIFF stack of one file with many pages, or of many files with one."""
     _check_stack(options, files)
-    grid = _tiff_grid(options, files)
-    check_spacing(options, grid.spacing_mm)
-    one = files[0]
+    grid, one = _tiff_grid(options, files), files[0]
     count = one.pages if len(files) == 1 else len(files)
     # its pages need not be found again
     held = SharedFile(_tiff_file(one.path)) if len(files) == 1 else None

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NIFTI', 'NRRD', 'METAIMAGE', 'stack_of', 'open_scan_file']
 
-# %% ../../nbs/5_scans/06_volume_files.ipynb #3044adea
+# %% ../../nbs/5_scans/06_volume_files.ipynb #cab94c1d
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,8 +23,6 @@ from mmsr.scans.slices import (
     ReadOptions,
     SharedFile,
     SliceSource,
-    check_spacing,
-    given_voxel,
     refuse_unless_forced,
 )
 from mmsr.scans.volume_headers import (
@@ -77,7 +75,7 @@ def _open_data(options: ReadOptions, header: Header) -> tuple[SharedFile, int]:
     _check_length(options, header, found)
     return held, header.skip
 
-# %% ../../nbs/5_scans/06_volume_files.ipynb #d2483400
+# %% ../../nbs/5_scans/06_volume_files.ipynb #9d4250c0
 def _file_grid(options: ReadOptions, header: Header) -> Grid:
     """Place the voxels of a file; refuse what it does not say, unless the caller says it."""
     if header.spacing is None and options.voxel is None:
@@ -112,15 +110,14 @@ def _file_grid(options: ReadOptions, header: Header) -> Grid:
     (x, y, z), origin = header.spacing, header.origin or (0.0, 0.0, 0.0)
     if not np.isfinite(origin).all():
         raise GeometryError(f"{options.name}: its origin is not finite; mend its header")
-    return given_voxel(options, Grid((z, y, x), (origin[0], origin[1], origin[2]), direction))
+    return Grid((z, y, x), (origin[0], origin[1], origin[2]), direction)
 
-# %% ../../nbs/5_scans/06_volume_files.ipynb #8d098cac
+# %% ../../nbs/5_scans/06_volume_files.ipynb #5e07e761
 def stack_of(
     options: ReadOptions, header: Header, opened: Callable[[], Callable[[int], np.ndarray]]
 ) -> SliceSource:
     """Place slices where a header says, or refuse it before they are opened."""
     grid = _file_grid(options, header)
-    check_spacing(options, grid.spacing_mm)
     if header.modality == "micro" and options.modality == "clinical":
         text = (
             f"{options.name}: expected clinical CT in HU, got what says it is µCT; read it as micro"

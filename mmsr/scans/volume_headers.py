@@ -221,7 +221,7 @@ def _known(what: str, value: str, known: dict[str, Any]) -> Any:
         raise FileError(f"expected a known {what}, got {shown!r}; convert it")
     return known[value]
 
-# %% ../../nbs/5_scans/05_volume_headers.ipynb #beefa4bd
+# %% ../../nbs/5_scans/05_volume_headers.ipynb #feb29135
 _NRRD_TYPES = _words(
     "i1: signed char, int8; u1: uchar, unsigned char, uint8; i2: short, int16; u2: ushort, "
     "unsigned short, uint16; i4: int, int32; u4: uint, unsigned int, uint32; i8: longlong, "
@@ -269,11 +269,10 @@ def read_nrrd(path: Path) -> Header:
         orders = {"little": "<", "big": ">"}
         kind = _known("endian", fields.get("endian", "").lower(), orders) + kind
     size = tuple(map(int, fields["sizes"].split()))
-    other = fields.get("data file", fields.get("datafile"))
     header = Header(size, np.dtype(kind), path, end, packed, notes=notes)
     if int(fields["dimension"]) != len(size):
         raise ValueError("dimension")
-    if other is not None:
+    if (other := fields.get("data file", fields.get("datafile"))) is not None:
         header = header._replace(data=_beside(path, other), start=0)
     skip = int(fields.get("byte skip", fields.get("byteskip", "0")))
     lines = int(fields.get("line skip", fields.get("lineskip", "0")))
