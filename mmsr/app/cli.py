@@ -95,7 +95,7 @@ def super_resolve(
         str | None, typer.Option(help="which of several series, see mmsr info SCAN")
     ] = None,
     resample: Annotated[
-        bool, typer.Option("--resample", help="put a tilted or uneven stack on an upright grid")
+        bool, typer.Option("--resample", help="resample a tilted or uneven stack to a regular grid")
     ] = False,
     weights: Annotated[str, typer.Option(help="a .safetensors file")] = "bundled",
     lung_only: Annotated[

@@ -125,10 +125,10 @@ def _nifti_affine(head: Any) -> np.ndarray | None:
     head["pixdim"][0] = -1 if head["pixdim"][0] < 0 else 1  # 0 stands for 1
     return head.get_qform()
 
-# %% ../../nbs/5_scans/05_volume_headers.ipynb #37034e71
+# %% ../../nbs/5_scans/05_volume_headers.ipynb #907bdbe5
 def read_nifti(path: Path) -> Header:
     """Read the header of a NIfTI file, version 1 or 2."""
-    from nibabel.spatialimages import HeaderDataError
+    from nibabel.nifti1 import data_type_codes
 
     if path.suffix.lower() == ".img":
         path = path.with_suffix(".hdr")
@@ -139,39 +139,32 @@ def read_nifti(path: Path) -> Header:
     data = path.with_suffix(".img") if path.suffix.lower() == ".hdr" else path
     if not data.is_file():
         raise FileError(f"expected its data file {data.name!r} beside it, not found")
-    try:
-        dtype = head.get_data_dtype()
-    except HeaderDataError:
-        dtype = np.dtype("V1")
+    kind = int(head["datatype"])
+    dtype = head.get_data_dtype() if kind in data_type_codes.code else np.dtype("V1")
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
         raise FileError(
-            "expected one whole number or float per voxel, got colour, complex numbers "
-            f"or bits (NIfTI type {head['datatype']}); convert it to grey"
+            "expected one whole number or float per voxel, got colour, complex numbers or bits (NIfTI "
+            f"type {kind}); convert it to grey"
         )
     offset, units = int(head["vox_offset"]), int(head["xyzt_units"]) & 7
-    slope, intercept = float(head["scl_slope"]), float(head["scl_inter"])
+    notes = notice_in(raw[:offset].decode("latin-1"))
+    if not units:
+        notes += ("the header does not name the unit of its voxel size: taken as mm",)
     doubts: tuple[str, ...] = ()
+    slope, intercept = scale = float(head["scl_slope"]), float(head["scl_inter"])
     if not slope or not np.isfinite(slope):  # both mean: as stored
         if intercept and np.isfinite(intercept):
             said = f"a slope of {slope:g} with an intercept of {intercept:g}: taken as stored"
             doubts = (_CONTRADICTS.format(said),)
-        slope, intercept = 1.0, 0.0
-    pixdim = tuple(float(s) for s in head["pixdim"][1:4])
-    notes = notice_in(raw[:offset].decode("latin-1"))
-    if not units:
-        notes += ("the header does not name the unit of its voxel size: taken as mm",)
-    header = Header(
-        tuple(int(n) for n in head["dim"][1 : head["dim"][0] + 1]),
-        dtype,
-        data,
-        packed=packed,
-        skip=offset,
-        spacing=pixdim if units in (0, 2) else None,
-        scale=(slope, intercept),
-        doubts=doubts,
-        notes=notes,
-        unit={1: "m", 3: "µm"}.get(units, "" if units in (0, 2) else f"unit {units} of NIfTI"),
-    )
+        scale = (1.0, 0.0)
+    size, pixdim = (tuple(head[name][1:].tolist()) for name in ("dim", "pixdim"))
+    pixdim, size = pixdim[:3], size[: head["dim"][0]]
+    header = Header(size, dtype, data, packed=packed, skip=offset, scale=scale, doubts=doubts)
+    if units in (0, 2):
+        header = header._replace(spacing=pixdim, notes=notes)
+    else:
+        unit = {1: "m", 3: "µm"}.get(units, f"unit {units} of NIfTI")
+        header = header._replace(unit=unit, notes=notes)
     if (affine := _nifti_affine(head)) is None:
         return header
     rows = affine[:3] * [[-1], [-1], [1]]  # RAS to LPS
