@@ -149,22 +149,15 @@ def _open_somehow(
                 break
     return None, options
 
-# %% ../../nbs/5_scans/13_scan_summary.ipynb #d40550f9
+# %% ../../nbs/5_scans/13_scan_summary.ipynb #e32d48fa
 _MOST_SLICES = 600  # that are looked at
 _MOST_PIXELS = 1024  # of a side of a picture
 
 
-class _Seen(NamedTuple):
-    """What passed by: HU counts, the range of grey, and three planes, or fewer if it broke off."""
-
-    histogram: HuHistogram
-    values: tuple[float, float]
-    planes: list[np.ndarray]
-    fault: str = ""
-
-
-def _pass_over(options: ReadOptions, stack: SliceSource, every: int) -> _Seen:
-    """Look at every so many slices, once and one at a time."""
+def _pass_over(
+    options: ReadOptions, stack: SliceSource, every: int
+) -> tuple[HuHistogram, tuple[float, float], list[np.ndarray], str]:
+    """Return HU counts, the range of grey, three planes (fewer if it broke off), and the fault."""
     count, height, width = stack.shape
     histogram, low, high, fault = HuHistogram(options), math.inf, -math.inf, ""
     rows, columns, middle = [], [], None
@@ -184,7 +177,7 @@ def _pass_over(options: ReadOptions, stack: SliceSource, every: int) -> _Seen:
     except OSError as e:
         fault = f"{options.name}: cannot be read ({e.strerror})"
     planes = [p for p in (middle, np.array(rows), np.array(columns)) if p is not None and p.size]
-    return _Seen(histogram, (low, high), planes, fault)
+    return histogram, (low, high), planes, fault
 
 
 def _judged(
@@ -371,7 +364,13 @@ def info_text(info: ScanInfo) -> str:
     lines += [("refused", line) for line in info.refusals] or [("reading", "is read as it is")]
     return "\n".join(f"{label:<13}{text}" for label, text in lines)
 
-# %% ../../nbs/5_scans/13_scan_summary.ipynb #7afa358b
+# %% ../../nbs/5_scans/13_scan_summary.ipynb #4d5c3766
+_EDGES = (
+    *((0.02, 0.5, "left", "center"), (0.98, 0.5, "right", "center")),
+    *((0.5, 0.98, "center", "top"), (0.5, 0.02, "center", "bottom")),
+)
+
+
 def info_picture(info: ScanInfo) -> Any:
     """Draw three planes in mm with the patient's sides, and no name; None if nothing could be read."""
     import matplotlib.pyplot as plt
@@ -391,13 +390,10 @@ def info_picture(info: ScanInfo) -> Any:
         )
         ax.set(title=plane.title, aspect="equal", xlabel="mm" if plane.pixel_mm else "pixels")
         ax.tick_params(labelsize=8)
-        places = ((0.02, 0.5), (0.98, 0.5), (0.5, 0.98), (0.5, 0.02))
-        aligned = (("left", "center"), ("right", "center"), ("center", "top"), ("center", "bottom"))
-        for text, (x, y), (across, along) in zip(plane.letters, places, aligned, strict=True):
+        for text, (x, y, across, along) in zip(plane.letters, _EDGES, strict=True):
             style = {"color": "yellow", "weight": "bold", "ha": across, "va": along}
-            if text:
-                box = {"color": "black", "alpha": 0.5, "pad": 1.5, "linewidth": 0}
-                ax.text(x, y, text, transform=ax.transAxes, bbox=box, **style)
+            box = {"color": "black", "alpha": 0.5, "pad": 1.5, "linewidth": 0} if text else None
+            ax.text(x, y, text, transform=ax.transAxes, bbox=box, **style)
     unit = "HU" if info.modality == "clinical" else "grey"
     ends = f"window {low:.4g} to {high:.4g} {unit}"
     figure.suptitle(f"{ends}; refused as it is" if info.refusals else ends, fontsize=10)

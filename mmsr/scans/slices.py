@@ -7,13 +7,14 @@ __all__ = ['IN_PLANE_MM', 'MODALITIES', 'PADDING_BELOW_HU', 'IMPOSSIBLE_HU', 'Bl
            'check_spacing', 'voxel_size', 'given_voxel', 'padding_values', 'HuHistogram', 'SliceSource', 'SliceReader',
            'SharedFile', 'volume_of', 'Format']
 
-# %% ../../nbs/5_scans/01_slices.ipynb #8b393d29
+# %% ../../nbs/5_scans/01_slices.ipynb #4984bd45
 import math
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -174,7 +175,7 @@ class HuHistogram:
             options.notes.append(f"{padding} padding voxels ({words}) set to {AIR_HU} HU")
         return table
 
-# %% ../../nbs/5_scans/01_slices.ipynb #6072e57a
+# %% ../../nbs/5_scans/01_slices.ipynb #596aae57
 Block = tuple[np.ndarray, tuple[float, float] | None]  # a slice, and its declared padding
 
 
@@ -190,20 +191,15 @@ class SliceSource(NamedTuple):
     source: DicomSource | None = None  # of all slices
 
 
+@dataclass(eq=False)
 class SliceReader:
     """Read slices when they are asked for; stands in for the array of a `Volume`."""
 
-    ndim = 3
-
-    def __init__(
-        self,
-        shape: tuple[int, int, int],
-        dtype: np.dtype,
-        read: Callable[[int, int], Iterator[np.ndarray]],
-        fingerprint: str = "",
-    ) -> None:
-        self.shape, self.dtype, self.read = shape, dtype, read
-        self.fingerprint = fingerprint
+    shape: tuple[int, int, int]  # slices, height and width
+    dtype: np.dtype
+    read: Callable[[int, int], Iterator[np.ndarray]]  # yields slices, from the first to the last
+    fingerprint: str = ""  # of what all slices hold, if somebody has read them
+    ndim: ClassVar[int] = 3
 
     @property
     def size(self) -> int:
