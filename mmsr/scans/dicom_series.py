@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DICOM', 'SeriesSummary', 'scan_series', 'open_dicom', 'DicomFacts', 'dicom_facts']
 
-# %% ../../nbs/5_scans/04_dicom_series.ipynb #9e7e932b
+# %% ../../nbs/5_scans/04_dicom_series.ipynb #59e35598
 import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -34,7 +34,7 @@ from mmsr.scans.regular_grid import (
     measure_steps,
     resample_to_regular_grid,
 )
-from .slices import Block, Format, ReadOptions, SliceSource
+from .slices import Block, Format, ReadOptions, SliceSource, check_spacing
 
 # %% ../../nbs/5_scans/04_dicom_series.ipynb #965d6df2
 def _axes(head: DicomSlice) -> np.ndarray:
@@ -240,7 +240,7 @@ def _one_series(
         )
     return chosen[0]
 
-# %% ../../nbs/5_scans/04_dicom_series.ipynb #7d8ebd14
+# %% ../../nbs/5_scans/04_dicom_series.ipynb #72675822
 def open_dicom(options: ReadOptions, heads: Sequence[DicomSlice]) -> SliceSource:
     """Open the slices of one DICOM series without decoding any."""
     _, chosen = _one_series(options, heads)
@@ -274,6 +274,7 @@ def open_dicom(options: ReadOptions, heads: Sequence[DicomSlice]) -> SliceSource
             f"slices {thick:g} mm thick lie {step:.4g} mm apart: what is between is not known"
         )
     shape = len(heads), int(tags["Rows"]), int(tags["Columns"])
+    check_spacing(options, grid.spacing_mm)  # the file's own, whatever the caller gives
     stack = SliceSource(shape, kind, grid, blocks, source)
     return resample_to_regular_grid(options, stack, places) if bent else stack
 
