@@ -31,8 +31,8 @@ from mmsr.data.volume import Volume, block_mean
 from mmsr.data.windows import CLINICAL_WINDOW
 from mmsr.evaluation import figures
 from mmsr.inference import scan_job
-from mmsr.networks.generators import G1Settings, build_g1
-from mmsr.networks.weights import ModelCard, save_generator
+from mmsr.networks.generators import G1Settings
+from mmsr.networks.weights import ModelCard, build_g1, save_generator
 from mmsr.scans.read import read_volume
 from mmsr.scans.write import write_volume
 
@@ -80,16 +80,6 @@ def weights_file(path: Path, **settings: object) -> Path:
     )
     save_generator(path, g1, record)
     return path
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Leave the other cores alone, here and in child processes."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +163,7 @@ def overlays(image: sitk.Image, clinical: Volume) -> None:
         np.testing.assert_allclose(np.mean(ends, 0), centre, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [".mha", ".nii.gz", ".nrrd"])
 def test_super_resolve_writes_volume_picture_and_map(
     place: Place, out: Path, capsys: pytest.CaptureFixture[str], ending: str
@@ -590,6 +581,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lacking", ["volume", "map"])
 def test_full_disk(
     place: Place, out: Path, small_disk: Path, capsys: pytest.CaptureFixture[str], lacking: str
@@ -609,6 +601,7 @@ def test_full_disk(
     assert (content(small_disk), content(out)) == before
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_while_the_job_runs(
     place: Place,
     small_disk: Path,
@@ -650,6 +643,7 @@ def test_read_only_folder(place: Place, out: Path, capsys: pytest.CaptureFixture
         out.chmod(0o700)
 
 
+@pytest.mark.slow
 def test_ctrl_c(place: Place, out: Path, tmp_path: Path) -> None:
     """A real SIGINT, to a real process, in the middle of its slices."""
     large = np.full((60, 128, 128), -800, np.int16)
@@ -689,6 +683,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_it_loads() -> None:
     job = child(program=("-c", SLOW_TO_LOAD))
     try:
@@ -744,6 +739,7 @@ def test_version_names_no_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert "/" not in said.out
 
 
+@pytest.mark.slow
 def test_light_commands_wait_for_no_torch(place: Place) -> None:
     """What a look at a scan loads: a second and more are at stake."""
     heavy = ["torch", "lightning_fabric", "matplotlib.pyplot", "scipy", "papermill", "SimpleITK"]
@@ -821,6 +817,7 @@ def test_run_refusals(
     assert content(out) == before
 
 
+@pytest.mark.slow
 @needs_real_data
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_real_scan(place: Place, out: Path) -> None:

@@ -17,8 +17,8 @@ from mmsr.core import seeded
 from mmsr.data.windows import CLINICAL_WINDOW
 from mmsr.evaluation.figures import overview
 from mmsr.inference.super_resolve import SROptions, super_resolve_slices
-from mmsr.networks.generators import G1Settings, build_g1
-from mmsr.networks.weights import ModelCard, load_generator, save_generator
+from mmsr.networks.generators import G1Settings
+from mmsr.networks.weights import ModelCard, build_g1, load_generator, save_generator
 from mmsr.scans.read import read_volume
 from mmsr.scans.scan_summary import info_picture, scan_info
 
@@ -118,6 +118,7 @@ def mmsr(*arguments: object, code: int = 0) -> str:
     return said.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [".mha", ".nrrd", ".nii", ".nii.gz", ".ome.zarr", ".dicom"])
 def test_volumes_maps_pictures_and_logs(
     patient: Path, weights: Path, tmp_path: Path, ending: str
@@ -169,6 +170,7 @@ def test_the_picture_of_a_result(patient: Path, weights: Path) -> None:
     assert leaked(repr(volume).encode()) == []
 
 
+@pytest.mark.slow
 def test_an_executed_notebook(patient: Path, weights: Path, tmp_path: Path) -> None:
     values = {"out": str(tmp_path / "sr"), "scan": str(patient), "weights": str(weights)}
     out = tmp_path / "notebook.ipynb"

@@ -17,8 +17,8 @@ from mmsr.inference.super_resolve import (
     super_resolve,
     super_resolve_slices,
 )
-from mmsr.networks.generators import G1Settings, SRGenerator, build_g1
-from mmsr.networks.weights import ModelCard
+from mmsr.networks.generators import G1Settings, SRGenerator
+from mmsr.networks.weights import ModelCard, build_g1
 
 
 def tiny(norm: str = "none", skip: bool = True) -> SRGenerator:
@@ -82,6 +82,7 @@ def test_what_is_made_ahead_comes_in_order_and_fails_in_place() -> None:
     assert len(made) <= 3  # nobody works on for a caller who has left
 
 
+@pytest.mark.slow
 def test_a_gpu_keeps_all_digits_whatever_was_switched_before() -> None:
     """Torch has an old and a new switch for TF32, and fails where one looks at the other's."""
     cudnn = torch.backends.cudnn

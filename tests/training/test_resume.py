@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mmsr.training.health import DivergenceError
 
 from mmsr.app.cli import run as training
 from mmsr.core import FileError, ResourceError, SettingsError, ShapeError, read_json, seeded
@@ -30,6 +29,7 @@ from mmsr.data.patches import PatchBank, PatchCase, open_bank, write_bank
 from mmsr.data.windows import Window
 from mmsr.networks.weights import load_generator
 from mmsr.training import sr_cyclegan, sr_unit
+from mmsr.training.health import DivergenceError
 from mmsr.training.run import TrainedRun
 from mmsr.training.run_folder import (
     CHECKPOINT_FORMAT,
@@ -42,6 +42,8 @@ from mmsr.training.run_folder import (
 from mmsr.training.settings import LoopSettings
 from mmsr.training.sr_cyclegan import cyclegan_settings, train_sr_cyclegan
 from mmsr.training.sr_unit import train_sr_unit, unit_settings
+
+pytestmark = pytest.mark.slow
 
 KILLS = int(os.environ.get("MMSR_KILLS", "6"))
 LOOP = {
@@ -133,15 +135,6 @@ def write_banks(folder: Path) -> tuple[PatchBank, PatchBank]:
             )
         )
     return banks[0], banks[1]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sum in one order, as the killed processes do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -13,23 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mmsr.training.health import HealthError
 from test_resume import SETTINGS, SYSTEMS, UNIT_SETTINGS, start_anew, train, write_banks
 
 from mmsr.core import FileError, MMSRError, ResourceError, SettingsError
 from mmsr.data.patches import open_bank
 from mmsr.networks.weights import load_generator
 from mmsr.training.distributed import make_fabric
+from mmsr.training.health import HealthError
 from mmsr.training.run_folder import list_checkpoints, load_checkpoint, locked, read_history
 from mmsr.training.settings import HealthSettings, LoopSettings
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
