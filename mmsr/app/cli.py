@@ -93,7 +93,7 @@ def super_resolve(
         str | None, typer.Option(help="which of several series, see mmsr info SCAN")
     ] = None,
     resample: Annotated[
-        bool, typer.Option("--resample", help="put a tilted or uneven stack on an upright grid")
+        bool, typer.Option("--resample", help="resample a tilted or uneven stack to a regular grid")
     ] = False,
     weights: Annotated[str, typer.Option(help="a .safetensors file")] = "bundled",
     lung_only: Annotated[
@@ -135,6 +135,9 @@ def super_resolve(
     A job that was stopped goes on when the same command is given again; one that is finished is
     said to be. A picture that cannot be written is no failure of the job.
     """
+    from mmsr.data.masks import lung_mask
+    from mmsr.evaluation.figures import overview
+    from mmsr.evaluation.protocols import find_weights
     from mmsr.inference.scan_job import (
         ScanTargets,
         plan_scan,
@@ -142,10 +145,6 @@ def super_resolve(
         time_one_slice,
     )
     from mmsr.inference.sr_slices import SROptions, SRSlice
-
-    from mmsr.data.masks import lung_mask
-    from mmsr.evaluation.figures import overview
-    from mmsr.evaluation.protocols import find_weights
     from mmsr.networks.weights import load_generator
     from mmsr.training.distributed import choose_device
 

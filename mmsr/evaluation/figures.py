@@ -14,10 +14,10 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
-from ..inference.sr_slices import SRSlice
 
 from ..core import RESEARCH_ONLY, RangeError, SettingsError, ShapeError, add_scale_bar
 from ..data.volume import Volume, block_mean
+from ..inference.sr_slices import SRSlice
 from ..training.run_folder import read_history
 
 # %% ../../nbs/7_evaluation/03_figures.ipynb #05acb265

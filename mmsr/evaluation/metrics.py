@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from ..inference.sr_slices import enlarge_bicubic
 from scipy import ndimage
 
 from ..core import RangeError, ShapeError
 from ..data.volume import block_mean, enlarge_nearest
+from ..inference.sr_slices import enlarge_bicubic
 
 # %% ../../nbs/7_evaluation/01_metrics.ipynb #647b91fa
 def _same_shape(image: np.ndarray, truth: np.ndarray, data_range: float) -> None:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import pydantic
-from ..inference.sr_slices import enlarge_bicubic
 
 import mmsr
 from mmsr.core import (
@@ -27,6 +26,7 @@ from ..data.masks import lung_mask
 from ..data.volume import enlarge_nearest, sr_geometry
 from ..data.windows import CLINICAL_WINDOW
 from .metrics import SliceMeasures, measure_slice
+from ..inference.sr_slices import enlarge_bicubic
 from mmsr.scans.cases import (
     Case,
     NonEmpty,
