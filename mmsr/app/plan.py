@@ -14,16 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
 import pydantic
 import torch
 
+from .prepare import PrepareSettings
 from mmsr.core import (
     MMSRError,
     Settings,
     SettingsError,
 )
 from ..networks.discriminators import PatchDiscriminator
-from mmsr.scans.cases import (
-    NonEmpty,
-    PrepareSettings,
-)
+from ..scans.cases import NonEmpty
 from ..training.run import check_sizes
 from ..training.sr_cyclegan import SRCycleGANSettings
 

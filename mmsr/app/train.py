@@ -18,6 +18,7 @@ import pydantic
 import torch
 import yaml
 
+from .prepare import PrepareSettings
 from .run_notebook import make_folder
 from mmsr.core import (
     FileError,
@@ -28,11 +29,7 @@ from mmsr.core import (
 )
 from ..data.patches import PatchBank, open_bank
 from ..losses.mmsr import MMSRTerms
-from mmsr.scans.cases import (
-    NonEmpty,
-    PrepareSettings,
-    read_prepared,
-)
+from ..scans.cases import NonEmpty, read_prepared
 from ..training.distributed import Precision, make_fabric, on_rank_zero
 from ..training.health import diagnose
 from ..training.run import TrainedRun

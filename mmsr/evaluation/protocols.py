@@ -16,6 +16,7 @@ import numpy as np
 import pydantic
 
 import mmsr
+from ..app.prepare import PrepareSettings
 from mmsr.core import (
     GeometryError,
     Settings,
@@ -27,13 +28,7 @@ from ..data.volume import enlarge_nearest, sr_geometry
 from ..data.windows import CLINICAL_WINDOW
 from .metrics import SliceMeasures, measure_slice
 from ..inference.super_resolve import enlarge_bicubic
-from mmsr.scans.cases import (
-    Case,
-    NonEmpty,
-    PrepareSettings,
-    expand_paths,
-    prepared_cases,
-)
+from ..scans.cases import Case, NonEmpty, expand_paths, prepared_cases
 from ..scans.read import read_volume
 
 if TYPE_CHECKING:

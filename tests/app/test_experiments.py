@@ -19,9 +19,10 @@ import nbformat
 import numpy as np
 import pytest
 import yaml
-from mmsr.app.plan import check_plan
 
 from mmsr.app import cli
+from mmsr.app.plan import check_plan
+from mmsr.app.prepare import PrepareSettings, clinical_cases
 from mmsr.app.run_notebook import run_experiment
 from mmsr.app.train import TrainSettings, launch_training, method_settings, run_training
 from mmsr.core import FileError, MMSRError, ResourceError, SettingsError, ShapeError, read_json
@@ -29,13 +30,7 @@ from mmsr.data.patches import open_bank, split_cases
 from mmsr.evaluation.protocols import Model, columns_of, measure_case
 from mmsr.inference.super_resolve import enlarge_bicubic
 from mmsr.networks.weights import load_generator
-from mmsr.scans.cases import (
-    PrepareSettings,
-    clinical_cases,
-    open_case,
-    prepared_cases,
-    read_prepared,
-)
+from mmsr.scans.cases import open_case, prepared_cases, read_prepared
 from mmsr.scans.read import read_volume
 from mmsr.training.run_folder import read_history
 
