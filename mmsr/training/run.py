@@ -533,3 +533,10 @@ class TrainedRun(NamedTuple):
     step: int
     finished: bool
     weights: Path
+
+    def __repr__(self) -> str:
+        count = sum(weight.numel() for weight in self.g1.parameters())
+        return (
+            f"{self.weights}: step {self.step}, {'finished' if self.finished else 'stopped'}\n"
+            f"G1: {type(self.g1).__name__}, {count:,} weights"
+        )
