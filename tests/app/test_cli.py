@@ -23,13 +23,12 @@ from PIL import Image
 
 import mmsr
 from mmsr.app import cli
-from mmsr.app.cli import train as experiments
 from mmsr.core import RESEARCH_ONLY, seeded
 from mmsr.data.masks import lung_mask
 from mmsr.data.phantom_scans import clinical_case
 from mmsr.data.volume import Volume, block_mean
 from mmsr.data.windows import CLINICAL_WINDOW
-from mmsr.evaluation import figures
+from mmsr.evaluation import figures, protocols
 from mmsr.inference import scan_job
 from mmsr.networks.generators import G1Settings, build_g1
 from mmsr.networks.weights import ModelCard, save_generator
@@ -253,7 +252,7 @@ def test_no_bundled_weights(
     place: Place, out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     missing = out / "weights" / "phantom.safetensors"
-    monkeypatch.setattr(experiments, "find_weights", lambda _: missing)
+    monkeypatch.setattr(protocols, "find_weights", lambda _: missing)
     refused(call(capsys, "super-resolve", place.scan, out / "a.mha"), "phantom.safetensors")
     assert content(out) == {}
 

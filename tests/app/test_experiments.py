@@ -24,7 +24,7 @@ from mmsr.app import cli
 from mmsr.app.plan import check_plan
 from mmsr.app.prepare import PrepareSettings, clinical_cases
 from mmsr.app.run_notebook import run_experiment
-from mmsr.app.train import TrainSettings, launch_training, method_settings, run_training
+from mmsr.app.train import TrainSettings, launch_training, method_settings, train
 from mmsr.core import FileError, MMSRError, ResourceError, SettingsError, ShapeError, read_json
 from mmsr.data.patches import open_bank, split_cases
 from mmsr.evaluation.protocols import Model, columns_of, measure_case
@@ -332,7 +332,7 @@ def test_another_seed_leaves_no_case_behind(own_chain: Path) -> None:
 def test_what_prepare_did_not_write_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "prepared.json").write_text(content)
     chosen = TrainSettings(prepared=str(tmp_path), run=str(tmp_path / "run"))
-    for call in (lambda: read_prepared(tmp_path), lambda: run_training(chosen)):
+    for call in (lambda: read_prepared(tmp_path), lambda: train(chosen)):
         with pytest.raises(FileError, match=r"prepared\.json") as e:
             call()
         assert "\n" not in str(e.value)
@@ -351,7 +351,7 @@ def test_a_changed_bank_is_not_trained_on(own_chain: Path, tmp_path: Path) -> No
         settings=small_system("SR-CycleGAN"),
     )
     with pytest.raises(FileError, match="fingerprint differs") as e:
-        run_training(chosen)
+        train(chosen)
     assert "\n" not in str(e.value)
     assert not (tmp_path / "run").exists()
 
@@ -537,7 +537,7 @@ def test_every_system_trains_and_is_saved(chain: Path, tmp_path: Path, system: s
             **SYSTEMS[system],
         }
     )
-    done = run_training(chosen)
+    done = train(chosen)
     assert done.finished
     g1, record = load_generator(done.weights)
     assert record.method.startswith(chosen.system)
@@ -562,9 +562,9 @@ def test_another_scale_and_system_through_all_notebooks(tmp_path: Path) -> None:
 
     chosen: dict[str, Any] = {"prepared": str(prepared), "run": str(run), "device": "cpu"}
     with pytest.raises(ShapeError, match=r"scale 8 .*got 32"):
-        run_training(TrainSettings(**chosen, settings=small_system("SR-CycleGAN")))
+        train(TrainSettings(**chosen, settings=small_system("SR-CycleGAN")))
     settings = merge(small_system("SR-UNIT"), {"unit": {"halvings_y": 2}})
-    run_training(TrainSettings(**chosen, system="SR-UNIT", settings=settings))
+    train(TrainSettings(**chosen, system="SR-UNIT", settings=settings))
 
     values = {
         "out": str(sr),
