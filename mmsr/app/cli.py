@@ -206,12 +206,7 @@ def super_resolve(
     """
     from mmsr.evaluation.figures import overview
     from mmsr.evaluation.protocols import find_weights
-    from mmsr.inference.scan_job import (
-        ScanTargets,
-        plan_job,
-        scan_is_finished,
-        super_resolve_scan,
-    )
+    from mmsr.inference.scan_job import ScanTargets, plan_job, scan_is_finished, super_resolve_scan
     from mmsr.inference.super_resolve import SROptions, SRSlice
     from mmsr.networks.weights import load_generator
     from mmsr.training.distributed import choose_device

@@ -15,11 +15,7 @@ import pydantic
 import torch
 
 from .prepare import PrepareSettings
-from mmsr.core import (
-    MMSRError,
-    Settings,
-    SettingsError,
-)
+from ..core import MMSRError, Settings, SettingsError
 from ..networks.discriminators import PatchDiscriminator
 from ..scans.cases import NonEmpty
 from ..training.run import check_sizes

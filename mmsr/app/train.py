@@ -17,13 +17,7 @@ import torch
 import yaml
 
 from .run_notebook import make_folder
-from mmsr.core import (
-    FileError,
-    MMSRError,
-    Settings,
-    SettingsError,
-    write_json,
-)
+from ..core import FileError, MMSRError, Settings, SettingsError, write_json
 from ..data.patches import open_bank
 from ..losses.mmsr import MMSRTerms
 from ..scans.cases import NonEmpty, read_prepared
