@@ -246,7 +246,7 @@ def _as_specimen(
 
 # %% ../../nbs/8_app/02_prepare.ipynb #4f8cc0a2
 class PreparedData(NamedTuple):
-    """What `prepare` made; printed, it says so in a line for each case."""
+    """What `prepare` made."""
 
     folder: Path
     record: Prepared  # what prepared.json says
@@ -256,10 +256,10 @@ class PreparedData(NamedTuple):
     y_bank: PatchBank  # µCT patches [n, 8h, 8w]
 
     def __repr__(self) -> str:
-        return "\n".join(self.lines())
+        return "\n".join([f"{self.folder}: {self.record.data}", *self.lines()[-3:]])
 
     def lines(self) -> list[str]:
-        """Say which cases there are, and how many patches were cut from each."""
+        """Say which cases there are, how many patches were cut from each, and what for."""
         found = []
         for case in (*self.patients, *self.specimens):
             z, y, x = case.volume.array.shape

@@ -90,7 +90,7 @@ def method_settings(chosen: TrainSettings) -> Method:
     return settings
 
 # %% ../../nbs/8_app/03_train.ipynb #3f236c5d
-def train(settings: TrainSettings | Mapping[str, Any]) -> TrainedRun:
+def train(settings: TrainSettings | Mapping[str, Any], *, progress: bool = True) -> TrainedRun:
     """Train one of the four systems on prepared patches, or go on where a run was stopped.
 
     Parameters
@@ -98,6 +98,8 @@ def train(settings: TrainSettings | Mapping[str, Any]) -> TrainedRun:
     settings : TrainSettings or Mapping
         What is trained on what, and where the run goes. With more than one device, `devices`
         processes must call this, started by torchrun or srun; `launch_training` starts them.
+    progress : bool
+        Show a progress bar over the steps.
 
     Returns
     -------
@@ -126,6 +128,7 @@ def train(settings: TrainSettings | Mapping[str, Any]) -> TrainedRun:
         y_bank,
         settings.run,
         fabric=fabric,
+        progress=progress,
         resume=settings.resume,
         on_change=settings.on_change,
         stop_after_s=settings.stop_after_minutes and 60 * settings.stop_after_minutes,
