@@ -312,24 +312,27 @@ def prepare(settings: PrepareSettings | Mapping[str, Any]) -> PreparedData:
     train, test = split_cases(names, held_out=held, seed=settings.seed) if held else (names, names)
     clear_prepared(folder)  # its held-out cases may now be in training
     patient, specimen = patients[0], specimens[0]
-    cut_from = [case for case in patients if case.name in train]
-    common: dict[str, Any] = {"per_case": settings.patches_per_case, "seed": settings.seed}
+    common: dict[str, Any] = {
+        "per_case": settings.patches_per_case,
+        "seed": settings.seed,
+        "overwrite": True,
+    }
+    x_cases = [PatchCase(c.name, c.volume, c.mask) for c in patients if c.name in train]
+    y_cases = [PatchCase(c.name, c.volume, c.mask, c.window) for c in specimens]
     x_bank = write_bank(
         folder / "clinical",
-        [PatchCase(case.name, case.volume, case.mask) for case in cut_from],
+        x_cases,
         modality="clinical",
         size=settings.patch_size,
         window=patient.window,
-        overwrite=True,
         **common,
     )
     y_bank = write_bank(
         folder / "micro",
-        [PatchCase(case.name, case.volume, case.mask, case.window) for case in specimens],
+        y_cases,
         modality="micro",
         size=settings.scale * settings.patch_size,
         window=specimen.window,
-        overwrite=True,
         **common,
     )
     for case in patients:

@@ -194,23 +194,14 @@ class Measures(NamedTuple):
     data_range: float  # HU, of psnr, psnr_matched and ssim
 
     def __repr__(self) -> str:
-        def say(pattern: str) -> str:  # a number that is not known is a dash
-            return re.sub(r"\bnan\b", "–", pattern.format(**self._asdict()))
-
-        return "\n".join(
-            [
-                f"{self.method}, data range {self.data_range:g} HU",
-                say(
-                    "f(SR) ~ scan: r {corr_clinical:.3f} in the lung, {corr_parenchyma:.3f} in "
-                    "parenchyma, {hu_error:.1f} HU apart"
-                ),
-                say(
-                    "SR ~ truth: r {corr_bronchi:.3f} near bronchi, {corr_detail:.3f} in fine "
-                    "detail, PSNR {psnr:.2f} dB ({psnr_matched:.2f} matched), SSIM {ssim:.3f}"
-                ),
-                say("texture: spectrum error {spectrum_error_db:.2f} dB, grid {grid_db:.2f} dB"),
-            ]
+        text = (
+            "{method}, data range {data_range:g} HU\n"
+            "f(SR) ~ scan: r {corr_clinical:.3f} in the lung, {corr_parenchyma:.3f} in parenchyma, "
+            "{hu_error:.1f} HU apart\nSR ~ truth: r {corr_bronchi:.3f} near bronchi, "
+            "{corr_detail:.3f} in fine detail, PSNR {psnr:.2f} dB, SSIM {ssim:.3f}\n"
+            "texture: spectrum error {spectrum_error_db:.2f} dB, grid {grid_db:.2f} dB"
         )
+        return re.sub(r"\bnan\b", "–", text.format(**self._asdict()))  # what is not known
 
 
 class Regions(NamedTuple):

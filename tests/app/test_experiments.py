@@ -435,6 +435,34 @@ def test_errors_of_training_keep_their_kind(tmp_path: Path) -> None:
     assert done.stdout == "HealthError step 3: the loss is NaN\n"
 
 
+def test_plain_runs_make_the_same_without_jupyter(chain: Path, tmp_path: Path) -> None:
+    """`mmsr run NAME --plain` on a node that has neither papermill nor a kernel."""
+    code = (
+        "import sys\n"
+        "for name in ('papermill', 'nbclient', 'ipykernel', 'IPython', 'jupyter_client'):\n"
+        "    sys.modules[name] = None\n"
+        "from mmsr.app.cli import main\nmain(sys.argv[1:])"
+    )
+
+    def plain(name: str, values: dict[str, Any]) -> str:
+        command = [sys.executable, "-c", code, "run", name, "--plain", "--json", json.dumps(values)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    plan = yaml.safe_load(TINY.read_text())
+    said = plain("prepare", {**plan["prepare"], "out": str(tmp_path / "prepare")})
+    assert "evaluating on patient-1" in said
+    for name in ("clinical/patches.npy", "micro/patches.npy", "prepared.json"):
+        one, other = (folder / "prepare" / name for folder in (chain, tmp_path))
+        assert one.read_bytes() == other.read_bytes(), name
+    run = {"prepared": str(tmp_path / "prepare"), "run": str(tmp_path / "run"), "threads": 1}
+    said = plain("train", {**plan["train"]["with-mmsr"], **run, "device": "cpu"})
+    assert "step 6, finished" in said
+    one, other = chain / "train" / "with-mmsr" / "history.csv", tmp_path / "run" / "history.csv"
+    assert one.read_text() == other.read_text()
+
+
 def test_refusal_inside_a_notebook_keeps_its_kind(chain: Path, tmp_path: Path) -> None:
     values = {"prepared": str(tmp_path), "models": {}, "out": str(tmp_path / "out")}
     with pytest.raises(MMSRError, match="run the experiment `prepare` first") as e:
