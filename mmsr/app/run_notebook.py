@@ -20,30 +20,14 @@ from ..core import FileError, MMSRError, ResourceError, SettingsError
 
 # %% ../../nbs/8_app/01_run_notebook.ipynb #0eac465e
 def experiments_folder() -> Path:
-    """Find the experiment notebooks: those of the checkout, or the copy inside the installed package.
-
-    Returns
-    -------
-    Path
-    """
+    """Find the experiment notebooks: of the checkout, or the copy inside the installed package."""
     package = Path(mmsr.__file__).parent
     checkout = package.parent / "nbs" / "experiments"
     return checkout if checkout.is_dir() else package / "_workflow" / "nbs" / "experiments"
 
 
 def make_folder(folder: str | Path) -> None:
-    """Make a folder for results, and those above it.
-
-    Parameters
-    ----------
-    folder : str or Path
-        What to make; it may be there already.
-
-    Raises
-    ------
-    FileError
-        If it cannot be made.
-    """
+    """Make a folder for results, and those above it; it may be there already."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as e:
