@@ -22,12 +22,10 @@ from .run_notebook import make_folder
 from mmsr.core import (
     FileError,
     MMSRError,
-    Settings,
     SettingsError,
     write_json,
 )
 from ..data.patches import PatchBank, open_bank
-from ..losses.mmsr import MMSRTerms
 from mmsr.scans.cases import (
     NonEmpty,
     PrepareSettings,
@@ -35,9 +33,9 @@ from mmsr.scans.cases import (
 )
 from ..training.distributed import Precision, make_fabric, on_rank_zero
 from ..training.health import diagnose
-from ..training.run import TrainedRun
+from ..training.run import DEFAULT_OPTIONS, RunOptions, TrainedRun
 from ..training.run_folder import RunFolder, read_history
-from ..training.settings import Baseline, Preset
+from ..training.settings import Baseline, NamedAnew, Preset
 from ..training.sr_cyclegan import SRCycleGANSettings, cyclegan_settings, train_sr_cyclegan
 from ..training.sr_unit import SRUNITSettings, train_sr_unit, unit_settings
 
@@ -70,10 +68,10 @@ def parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-class TrainSettings(Settings):
+class TrainSettings(NamedAnew):
     """Parameters of ``experiments/train.ipynb`` and of ``mmsr train``.
 
-    `system`, `preset` and, for the two baselines, `reading` choose a method (R12, R14); `settings`
+    `system`, `preset` and, for the two baselines, `baseline` choose a method (R12, R14); `settings`
     are changes on top of it.
     """
 
@@ -81,7 +79,7 @@ class TrainSettings(Settings):
     run: NonEmpty
     system: Literal["SR-CycleGAN", "SR-UNIT", "CycleGAN", "UNIT"] = "SR-CycleGAN"
     preset: Preset = "default"
-    reading: Baseline = "a"
+    baseline: Baseline = "sr_networks"
     settings: dict[str, Any] = {}
     device: str = "auto"
     devices: pydantic.PositiveInt = 1
@@ -101,7 +99,7 @@ def method_settings(chosen: TrainSettings) -> Method:
     Parameters
     ----------
     chosen : TrainSettings
-        `system`, `preset`, `reading` and `settings` are used.
+        `system`, `preset`, `baseline` and `settings` are used.
 
     Returns
     -------
@@ -111,17 +109,17 @@ def method_settings(chosen: TrainSettings) -> Method:
     ------
     SettingsError
         If `settings` has a name or a value that the method does not allow: the baselines have no
-        MMSR terms, and the SR systems no readings.
+        MMSR terms, and the SR systems no baselines.
     """
     build = cyclegan_settings if chosen.system.endswith("CycleGAN") else unit_settings
-    baseline = None if chosen.system.startswith("SR-") else chosen.reading
-    if baseline is None and chosen.reading != "a":
+    baseline = None if chosen.system.startswith("SR-") else chosen.baseline
+    if baseline is None and chosen.baseline != "sr_networks":
         raise SettingsError(
-            f"reading: is of CycleGAN and UNIT (R14), not of {chosen.system}; leave it out, or take "
+            f"baseline: is of CycleGAN and UNIT (R14), not of {chosen.system}; leave it out, or take "
             f"system {chosen.system.removeprefix('SR-')}"
         )
     settings = build(chosen.preset, chosen.settings, baseline=baseline)
-    weights = settings.mmsr.model_dump(include=set(MMSRTerms._fields))
+    weights = settings.mmsr.weights
     if baseline and (acting := [name for name, weight in weights.items() if weight]):
         raise SettingsError(
             f"settings.mmsr.{acting[0]}: {chosen.system} has no MMSR terms (R14), got "
@@ -137,11 +135,7 @@ def train_system(
     run_folder: str | Path,
     *,
     fabric: "Fabric | None" = None,
-    progress: bool = True,
-    resume: Literal["auto", "never"] = "auto",
-    on_change: Literal["refuse", "move"] = "refuse",
-    stop_after_s: float | None = None,
-    data: str = "",
+    options: RunOptions = DEFAULT_OPTIONS,
 ) -> TrainedRun:
     """Train by the loop that the settings belong to; see `train_sr_cyclegan` for the parameters.
 
@@ -149,13 +143,11 @@ def train_system(
     -------
     TrainedRun
     """
-    options: dict[str, Any] = {
-        "fabric": fabric, "progress": progress, "resume": resume, "on_change": on_change,
-        "stop_after_s": stop_after_s, "data": data,
-    }  # fmt: skip
     if isinstance(settings, SRCycleGANSettings):
-        return train_sr_cyclegan(settings, x_bank, y_bank, run_folder, **options)
-    return train_sr_unit(settings, x_bank, y_bank, run_folder, **options)
+        return train_sr_cyclegan(
+            settings, x_bank, y_bank, run_folder, fabric=fabric, options=options
+        )
+    return train_sr_unit(settings, x_bank, y_bank, run_folder, fabric=fabric, options=options)
 
 
 def run_training(chosen: TrainSettings) -> TrainedRun:
@@ -182,17 +174,9 @@ def run_training(chosen: TrainSettings) -> TrainedRun:
     fabric = make_fabric(chosen.device, chosen.devices, chosen.precision)
     on_rank_zero(fabric, lambda: [open_bank(folder, verify=True).info for folder in folders])
     x_bank, y_bank = (open_bank(folder) for folder in folders)
-    return train_system(
-        settings,
-        x_bank,
-        y_bank,
-        chosen.run,
-        fabric=fabric,
-        resume=chosen.resume,
-        on_change=chosen.on_change,
-        stop_after_s=chosen.stop_after_minutes and 60 * chosen.stop_after_minutes,
-        data=data,
-    )
+    seconds = chosen.stop_after_minutes and 60 * chosen.stop_after_minutes
+    how = RunOptions(chosen.resume, chosen.on_change, stop_after_s=seconds, data=data)
+    return train_system(settings, x_bank, y_bank, chosen.run, fabric=fabric, options=how)
 
 
 def read_training(file: str | Path) -> TrainSettings:
@@ -273,14 +257,14 @@ def health_line(run: str | Path, settings: Method) -> str:
     Returns
     -------
     str
-        The last signs of life, and the verdict on the last rows.
+        The latest health metrics, and the verdict on the last rows.
     """
     table = read_history(RunFolder.of(run).history)
     rows = [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
     if not rows:
         return "no row of the history is written yet"
-    anatomy = any((settings.mmsr.structure_x, settings.mmsr.down))
-    verdict = diagnose(rows, settings.health, anatomy) or "no sign of illness"
+    anatomy = settings.mmsr.ties_anatomy
+    verdict = diagnose(rows, settings.health, anatomy) or "healthy"
     last = rows[-1]
     return (
         f"step {last['step']:.0f}: f(x_sr) ~ x {last['correlation']:.2f}, mean "

@@ -262,8 +262,8 @@ def sr_unit_loop(
     nets = networks_of(settings)
     feed = TrainingFeed(x_bank, y_bank, settings, nets, settings.unit.scale, fabric)
     place_networks(nets, fabric, settings)
-    *translators, d_x, d_y = nets
-    g1 = UNITGenerator(settings.unit, UNITNetworks(*translators))
+    translators, (d_x, d_y) = UNITNetworks(*nets[:4]), nets[4:]
+    g1 = UNITGenerator(settings.unit, translators)
     best = averaged_copy(g1) if settings.ema else g1
     opt_g, opt_d = adam(settings, *translators), adam(settings, d_x, d_y)
     state = {"optimiser_g": opt_g, "optimiser_d": opt_d}
