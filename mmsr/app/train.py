@@ -17,31 +17,51 @@ import torch
 import yaml
 
 from .run_notebook import make_folder
-from ..core import FileError, MMSRError, Settings, SettingsError, write_json
+from ..core import FileError, MMSRError, SettingsError, write_json
 from ..data.patches import open_bank
-from ..losses.mmsr import MMSRTerms
 from ..scans.cases import NonEmpty, read_prepared
 from ..training.distributed import Precision, make_fabric, on_rank_zero
 from ..training.health import diagnose
-from ..training.run import TrainedRun
+from ..training.run import RunOptions, TrainedRun
 from ..training.run_folder import RunFolder, read_history
-from ..training.settings import Baseline, Preset
+from ..training.settings import Baseline, NamedAnew, Preset
 from ..training.sr_cyclegan import SRCycleGANSettings, cyclegan_settings, train_sr_cyclegan
 from ..training.sr_unit import SRUNITSettings, train_sr_unit, unit_settings
 
 # %% ../../nbs/8_app/03_train.ipynb #b70821c4
-class TrainSettings(Settings):
-    """Parameters of ``experiments/train.ipynb`` and of ``mmsr train``.
+class TrainSettings(NamedAnew):
+    """What is trained on what, and where the run goes.
 
-    `system`, `preset` and, for the two baselines, `reading` choose a method (R12, R14); `settings`
-    are changes on top of it.
+    Parameters
+    ----------
+    prepared, run : str
+        Output folder of `prepare`, and the folder of this run.
+    system : {"SR-CycleGAN", "SR-UNIT", "CycleGAN", "UNIT"}
+        The last two have no MMSR loss.
+    preset : {"default", "paper", "code_2022"}
+        Our settings, the paper's, or those of the code released in 2022 (R12).
+    baseline : {"sr_networks", "same_size"}
+        How CycleGAN and UNIT are read: the SR networks, or those of the originals on enlarged
+        input (R14).
+    settings : dict
+        Changes on top of the preset, such as ``{"steps": 1000, "mmsr": {"structure_x": 0}}``.
+    device, precision : str
+        ``"auto"``, ``"cpu"``, ``"cuda"`` ...; ``"32"`` or ``"bf16"``.
+    devices, threads : int
+        Processes that train together; CPU threads, 0 as torch chooses.
+    stop_after_minutes : float, optional
+        Stop early, saved; the same call goes on.
+    resume : {"auto", "never"}
+        Go on with what `run` holds, or refuse it.
+    on_change : {"refuse", "move"}
+        What becomes of a run there that has other settings.
     """
 
     prepared: NonEmpty
     run: NonEmpty
     system: Literal["SR-CycleGAN", "SR-UNIT", "CycleGAN", "UNIT"] = "SR-CycleGAN"
     preset: Preset = "default"
-    reading: Baseline = "a"
+    baseline: Baseline = "sr_networks"
     settings: dict[str, Any] = {}
     device: str = "auto"
     devices: pydantic.PositiveInt = 1
@@ -61,7 +81,7 @@ def method_settings(chosen: TrainSettings) -> Method:
     Parameters
     ----------
     chosen : TrainSettings
-        `system`, `preset`, `reading` and `settings` are used.
+        `system`, `preset`, `baseline` and `settings` are used.
 
     Returns
     -------
@@ -71,17 +91,17 @@ def method_settings(chosen: TrainSettings) -> Method:
     ------
     SettingsError
         If `settings` has a name or a value that the method does not allow: the baselines have no
-        MMSR terms, and the SR systems no readings.
+        MMSR terms, and the SR systems no baselines.
     """
     build = cyclegan_settings if chosen.system.endswith("CycleGAN") else unit_settings
-    baseline = None if chosen.system.startswith("SR-") else chosen.reading
-    if baseline is None and chosen.reading != "a":
+    baseline = None if chosen.system.startswith("SR-") else chosen.baseline
+    if baseline is None and chosen.baseline != "sr_networks":
         raise SettingsError(
-            f"reading: is of CycleGAN and UNIT (R14), not of {chosen.system}; leave it out, or take "
+            f"baseline: is of CycleGAN and UNIT (R14), not of {chosen.system}; leave it out, or take "
             f"system {chosen.system.removeprefix('SR-')}"
         )
     settings = build(chosen.preset, chosen.settings, baseline=baseline)
-    weights = settings.mmsr.model_dump(include=set(MMSRTerms._fields))
+    weights = settings.mmsr.weights
     if baseline and (acting := [name for name, weight in weights.items() if weight]):
         raise SettingsError(
             f"settings.mmsr.{acting[0]}: {chosen.system} has no MMSR terms (R14), got "
@@ -121,19 +141,10 @@ def train(settings: TrainSettings | Mapping[str, Any], *, progress: bool = True)
     fabric = make_fabric(settings.device, settings.devices, settings.precision)
     on_rank_zero(fabric, lambda: [open_bank(folder, verify=True).info for folder in folders])
     x_bank, y_bank = (open_bank(folder) for folder in folders)
+    seconds = settings.stop_after_minutes and 60 * settings.stop_after_minutes
+    options = RunOptions(settings.resume, settings.on_change, progress, seconds, data=data)
     loop: Any = train_sr_cyclegan if isinstance(method, SRCycleGANSettings) else train_sr_unit
-    done: TrainedRun = loop(
-        method,
-        x_bank,
-        y_bank,
-        settings.run,
-        fabric=fabric,
-        progress=progress,
-        resume=settings.resume,
-        on_change=settings.on_change,
-        stop_after_s=settings.stop_after_minutes and 60 * settings.stop_after_minutes,
-        data=data,
-    )
+    done: TrainedRun = loop(method, x_bank, y_bank, settings.run, fabric=fabric, options=options)
     return done
 
 # %% ../../nbs/8_app/03_train.ipynb #70e4b881
@@ -204,8 +215,7 @@ def health_line(run: str | Path, settings: Method) -> str:
     rows = [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
     if not rows:
         return "no row of the history is written yet"
-    anatomy = any((settings.mmsr.structure_x, settings.mmsr.down))
-    verdict = diagnose(rows, settings.health, anatomy) or "healthy"
+    verdict = diagnose(rows, settings.health, settings.mmsr.ties_anatomy) or "healthy"
     last = rows[-1]
     return (
         f"step {last['step']:.0f}: f(x_sr) ~ x {last['correlation']:.2f}, mean "

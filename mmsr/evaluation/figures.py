@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from ..core import RESEARCH_ONLY, RangeError, SettingsError, ShapeError, add_scale_bar
 from ..data.volume import Volume, block_mean
 from ..inference.super_resolve import SRSlice
+from ..losses.mmsr import MMSRTerms
 from ..training.run_folder import read_history
 
 # %% ../../nbs/7_evaluation/03_figures.ipynb #05acb265
@@ -341,20 +342,18 @@ def training_curves(
     return figure
 
 
-PANELS = {
-    "adversary": ("adversarial_x", "adversarial_y", "d_x", "d_y"),
-    "cycle": (
-        *("cycle_x", "cycle_y", "identity_x", "identity_y"),
-        *("reconstruction_x", "reconstruction_y", "latent"),
-    ),
-    "MMSR terms": ("structure_x", "structure_y", "down", "up"),
+PANELS = {  # the beginnings of the columns' names
+    "adversary": ("adversarial", "d_"),
+    "cycle": ("cycle", "identity", "reconstruction", "latent"),
+    "MMSR terms": MMSRTerms._fields,
     "f(x_sr) ~ x": ("correlation",),
 }
+_NOT_DRAWN = ("step", "total", "gradient", "drift_hu", "spread_hu")
 
 
 def _loss_panels(columns: Mapping[str, Sequence[float]]) -> dict[str, list[str]]:
     """Sort the columns of a history into panels; a term that is switched off is left out."""
-    return {
-        panel: [name for name in names if np.any(columns.get(name, 0))]
-        for panel, names in PANELS.items()
-    }
+    known = tuple(name for names in PANELS.values() for name in names)
+    acting = [name for name in columns if np.any(columns[name])]
+    panels = {p: [n for n in acting if n.startswith(names)] for p, names in PANELS.items()}
+    return panels | {"other terms": [n for n in acting if not n.startswith(known + _NOT_DRAWN)]}

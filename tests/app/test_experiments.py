@@ -258,7 +258,7 @@ PLANS = {
     "own, report": ({"evaluate": {"out": "x"}}, "evaluate.out: is"),
     "too small to judge": ({"prepare": {"patch_size": 8}}, "train.a: d_x: needs patches of"),
     "too small to compare": (
-        {"prepare": {"patch_size": 16}, "train": {"a": {"preset": "released"}}},
+        {"prepare": {"patch_size": 16}, "train": {"a": {"preset": "code_2022"}}},
         "needs patches of",
     ),
     "devices": ({"train": {"a": {"devices": 3}}}, "batch_size 16 cannot be dealt out evenly"),
@@ -268,7 +268,7 @@ PLANS = {
         {"train": {"a": {"system": "UNIT", "settings": {"mmsr": {"up": 0.1}}}}},
         "mmsr.up: UNIT has no MMSR terms (R14), got 0.1",
     ),
-    "a reading of none": ({"train": {"a": {"reading": "b"}}}, "train.a: reading: "),
+    "a reading of none": ({"train": {"a": {"baseline": "same_size"}}}, "train.a: baseline: "),
 }
 
 
@@ -285,7 +285,9 @@ def test_paths_of_weights_begin_in_the_folder_of_results(tmp_path: Path) -> None
     (tmp_path / "mine.safetensors").write_text("weights")
     for name in ("../mine.safetensors", str(tmp_path / "mine.safetensors"), "bundled"):
         check_plan({"weights": {"given": name}}, tmp_path / "results")
-    check_plan({"train": {"a": {"system": "CycleGAN", "reading": "b", "settings": {"mmsr": {}}}}})
+    check_plan(
+        {"train": {"a": {"system": "CycleGAN", "baseline": "same_size", "settings": {"mmsr": {}}}}}
+    )
 
 
 def test_hints_come_from_the_network_that_was_chosen() -> None:
@@ -532,24 +534,24 @@ def test_killed_training_goes_on(chain: Path, tmp_path: Path) -> None:
 
 SYSTEMS = {
     "SR-UNIT": {},
-    "CycleGAN a": {"system": "CycleGAN", "reading": "a"},
-    "CycleGAN b": {"system": "CycleGAN", "reading": "b"},
-    "UNIT a": {"system": "UNIT", "reading": "a"},
-    "UNIT b": {"system": "UNIT", "reading": "b"},
+    "CycleGAN a": {"system": "CycleGAN", "baseline": "sr_networks"},
+    "CycleGAN b": {"system": "CycleGAN", "baseline": "same_size"},
+    "UNIT a": {"system": "UNIT", "baseline": "sr_networks"},
+    "UNIT b": {"system": "UNIT", "baseline": "same_size"},
     "paper": {"system": "SR-CycleGAN", "preset": "paper"},
     "paper SR-UNIT": {"system": "SR-UNIT", "preset": "paper"},
-    "released": {"system": "SR-CycleGAN", "preset": "released"},
+    "code_2022": {"system": "SR-CycleGAN", "preset": "code_2022"},
 }
 
 
 def small_system(system: str, steps: int = 2) -> dict[str, Any]:
     """Cut any system's networks down to a few channels."""
     judges = {"d_x": {"channels": 4, "layers": 1, "scales": 1}, "d_y": {"channels": 4, "layers": 1}}
-    run = {"steps": steps, "batch_size": 2, "history_every": 1, "strips_every": 0}
+    run = {"steps": steps, "batch_size": 2, "history_every": 1, "previews_every": 0}
     if "UNIT" in system:
         return {**judges, **run, "unit": {"latent": 16, "blocks": 1}}
     small = {"channels": 8, "blocks": 1}
-    window = {"mmsr": {"ssim_window": (5, 1.0)}} if system == "released" else {}
+    window = {"mmsr": {"ssim_window": (5, 1.0)}} if system == "code_2022" else {}
     return {**judges, **run, **window, "g1": small, "g2": small, "pool_size": 4}
 
 
