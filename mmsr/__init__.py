@@ -18,7 +18,8 @@ if TYPE_CHECKING:  # for editors and type checkers; a test holds it equal to _HO
     from mmsr.data.volume import Volume
     from mmsr.evaluation.figures import side_by_side, training_curves
     from mmsr.evaluation.protocols import measure
-    from mmsr.inference.super_resolve import SROptions, super_resolve
+    from mmsr.inference.sr_slices import SROptions
+    from mmsr.inference.super_resolve import super_resolve
     from mmsr.networks.weights import load_generator, save_generator
     from mmsr.scans.read import read_mask, read_volume
     from mmsr.scans.scan_summary import scan_info
@@ -34,7 +35,8 @@ _HOMES = {
     "app.prepare": ("prepare", "PrepareSettings"),
     "app.train": ("train", "TrainSettings"),
     "networks.weights": ("load_generator", "save_generator"),
-    "inference.super_resolve": ("super_resolve", "SROptions"),
+    "inference.super_resolve": ("super_resolve",),
+    "inference.sr_slices": ("SROptions",),
     "evaluation.protocols": ("measure",),
     "evaluation.figures": ("side_by_side", "training_curves"),
     "core": ("show_patches", "MMSRError"),

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['RESEARCH_ONLY', 'MMSRError', 'ShapeError', 'RangeError', 'GeometryError', 'FileError', 'SettingsError',
-           'ResourceError', 'refusal', 'seeded', 'atomic_write', 'write_json', 'read_json', 'fingerprint', 'Settings',
-           'environment', 'available_memory', 'progress_bar', 'show_patches', 'add_scale_bar']
+           'ResourceError', 'refusal', 'seeded', 'atomic_write', 'disk_errors', 'write_json', 'read_json',
+           'fingerprint', 'Settings', 'environment', 'available_memory', 'progress_bar', 'show_patches',
+           'add_scale_bar']
 
 # %% ../nbs/00_core.ipynb #2e70cbc5
 import difflib
@@ -14,6 +15,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -119,33 +121,41 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     if not path.parent.is_dir():
         raise FileError(f"{path}: its folder does not exist; create {path.parent} first")
-    try:
+    with disk_errors(path):
         handle, name = tempfile.mkstemp("".join(path.suffixes), f".{path.name}.", path.parent)
-    except OSError as e:
-        raise _file_error(path, e) from e
-    os.close(handle)
-    temporary = Path(name)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with open(temporary, "rb+") as f:
+                os.fsync(f.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def disk_errors(name: str | Path) -> Iterator[None]:
+    """Say in one line why something was not written: the disk is full, or what the system says."""
     try:
-        yield temporary
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, path)
-    except OSError as e:
-        raise _file_error(path, e) from e
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _file_error(path: Path, error: OSError) -> MMSRError:
-    """Say in one line why `path` was not written."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ResourceError(
-            f"{path}: not written, the disk is full; free some space and run again"
-        )
-    return FileError(f"{path}: not written ({error.strerror or error})")
+        yield
+    except MMSRError:
+        raise
+    except (OSError, ValueError) as e:  # tensorstore gives ValueError, with the system's code
+        first = e.__cause__ or e  # pydicom wraps what the system said
+        code = re.search(r"os_error_code='(\d+)'", str(e))
+        if not (code or isinstance(first, OSError)):
+            raise
+        number = int(code[1]) if code else getattr(first, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ResourceError(
+                f"{name}: not written, the disk is full; free some space and run again"
+            ) from e
+        reason = os.strerror(number) if number else first
+        raise FileError(f"{name}: not written ({reason})") from e
 
 
 def write_json(path: str | Path, value: Any) -> None:

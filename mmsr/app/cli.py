@@ -36,13 +36,13 @@ from mmsr.core import (
     environment,
 )
 from ..data.volume import Volume
+from ..scans.output_plan import is_stamped, unfinished
 from ..scans.read import read_mask, read_volume
-from ..scans.resumable_output import is_stamped, unfinished
 from ..scans.scan_summary import info_picture, info_text, scan_info
-from ..scans.write import writable_suffix
+from ..scans.write import WRITABLE, format_of
 
 if TYPE_CHECKING:
-    from mmsr.inference.scan_job import ScanSummary
+    from mmsr.inference.sr_slices import ScanSummary
     from mmsr.networks.weights import ModelCard
 
 # %% ../../nbs/8_app/06_cli.ipynb #7d70336a
@@ -85,8 +85,8 @@ def _part(text: str) -> tuple[int, int]:
 Text = str | None
 File = Path | None
 Number = int | None
-_ENDINGS = "to write: .ome.zarr, .mha, .nrrd, .nii, .nii.gz or .dicom"
-_SPREAD = "also write the spread over 8 poses in HU; 8 x the time"
+_ENDINGS = f"to write: {', '.join(WRITABLE)}"
+_SPREAD = "also write the TTA spread (8 poses) in HU; 8 x the time"
 _TILE, _BATCH = "tile side, input pixels", "slices at once"
 Scan = Annotated[Path, typer.Argument(help="DICOM folder, .nii(.gz), .nrrd or .mha, in HU")]
 Out = Annotated[Path, typer.Argument(help=_ENDINGS)]
@@ -114,7 +114,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace OUT, or un
 def _check_names(volumes: list[Path], picture: Path, inputs: list[Path]) -> None:
     """Refuse outputs that stand for two files, or lie in each other."""
     for path in volumes:
-        writable_suffix(path)
+        format_of(path)
     outputs = [*volumes, picture]
     places = [path.resolve() for path in outputs]
     sources = [path.resolve() for path in inputs]
@@ -154,11 +154,11 @@ def _inside(volume: Volume, scan: Path, mask: Path | None, lung_only: bool) -> n
 def _say_summary(summary: "ScanSummary", card: "ModelCard", *, masked: bool) -> None:
     """Say how far the block means are from the input, and what made the result."""
     typer.echo(
-        f"block means minus input{' in the mask' if masked else ''}: {summary.shift_hu:+.1f} HU on "
-        f"average, {summary.stray_hu:.1f} HU without sign, {summary.worst_hu:.1f} HU at most"
+        f"block means minus input{' in the mask' if masked else ''}: {summary.bias_hu:+.1f} HU on "
+        f"average, {summary.mean_abs_error_hu:.1f} HU without sign, {summary.worst_hu:.1f} HU at most"
     )
-    if summary.limited:
-        typer.echo(f"{summary.limited} voxels were cut off at the ends of int16")
+    if summary.saturated:
+        typer.echo(f"{summary.saturated} voxels were cut off at the ends of int16")
     steps = card.training.get("steps", "an unknown number of")
     typer.echo(f"weights: {card.method}, {steps} steps on {card.data}. {card.notice}")
 
@@ -192,8 +192,8 @@ def super_resolve(
     """
     from mmsr.evaluation.figures import overview
     from mmsr.evaluation.protocols import find_weights
-    from mmsr.inference.scan_job import ScanTargets, plan_job, scan_is_finished, super_resolve_scan
-    from mmsr.inference.super_resolve import SROptions, SRSlice
+    from mmsr.inference.scan_job import ScanTargets, plan_scan, run_scan, time_one_slice
+    from mmsr.inference.sr_slices import SROptions, SRSlice
     from mmsr.networks.weights import load_generator
     from mmsr.training.distributed import choose_device
 
@@ -206,8 +206,8 @@ def super_resolve(
     taken = [path for path in (*volumes, picture) if path.exists() and not (begun or overwrite)]
     if not all(map(is_stamped, volumes)):
         _refuse_existing(taken)
-    if consistency is not None and writable_suffix(consistency) == ".dicom":
-        raise FileError(f"{consistency}: floats have no place in CT objects; use .nrrd")
+    if consistency is not None and "float32" not in format_of(consistency).types:
+        raise FileError(f"{consistency}: floats have no place in this format; use .nrrd")
     share, wanted = _part(part or "1/1"), _slices(slices) if slices else None
     asked = {"tile": tile or "auto", "batch": batch or "auto", "precision": precision}
     asked |= {"exact_means": exact_means, "uncertainty": uncertainty is not None}
@@ -221,18 +221,15 @@ def super_resolve(
             f"{scan}: is itself super-resolved; give the scan it was made from, or add --force"
         )
     inside = _inside(volume, scan, mask, lung_only)
-    options = options.resolved(g1, volume.array.shape)
     finished = f"{out}: is finished, and by this very job; nothing is left to do"
-    if not overwrite and scan_is_finished(volume, targets, g1, card, options, inside):
+    job = plan_scan(volume, targets, g1, card, options, mask=inside, overwrite=overwrite)
+    if job.finished:
         typer.echo(finished)
         return
     _refuse_existing(taken)
     for note in volume.notes:
         typer.echo(f"note: {note}", err=True)
-    planned = plan_job(volume, targets, g1, card, options)
-    if inside is not None:
-        planned = planned._replace(memory=planned.memory + inside.nbytes)
-    typer.echo("\n".join(planned.lines()), err=True)
+    typer.echo("\n".join(job.lines(time_one_slice(job))), err=True)
     if only_plan:
         return
 
@@ -247,24 +244,15 @@ def super_resolve(
         except MMSRError as e:
             undrawn.append(e)  # said when the progress bar is gone
 
-    summary = super_resolve_scan(
-        volume,
-        targets,
-        g1,
-        card,
-        options,
-        mask=inside,
-        part=share,
-        overwrite=overwrite,
-        first=show if share[0] == 1 else None,
-    )
+    summary = run_scan(job, part=share, first=show if share[0] == 1 else None)
     for reason in undrawn:
         typer.echo(f"note: no picture: {reason}", err=True)
     if summary is None:  # another process was faster, or is still at its part
         did = f"part {share[0]} of {share[1]} is done; when all are, run without --part to join"
         typer.echo(finished if share == (1, 1) else did)
         return
-    (z, y, x), (dz, dy, dx) = planned.sr_shape, planned.sr_spacing_mm
+    made = job.output.outputs["sr"].volume
+    (z, y, x), (dz, dy, dx) = made.array.shape, made.spacing_mm
     typer.echo(f"{out}: {x} x {y} x {z} voxels of {dx:.4f} x {dy:.4f} x {dz:.4f} mm, int16 HU")
     if picture.exists():
         typer.echo(f"{picture}: a picture of one slice")

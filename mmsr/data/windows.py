@@ -87,23 +87,12 @@ class Window(NamedTuple):
             )
         return unit
 
-    def from_unit(self, unit: ArrayLike) -> np.ndarray:
-        """Map [−1, 1] back to the scan's unit; the inverse of `to_unit` where nothing was clipped.
-
-        Parameters
-        ----------
-        unit : array_like
-            Values on the networks' scale.
-
-        Returns
-        -------
-        numpy.ndarray of float32
-        """
-        values = np.array(unit, np.float32)
-        values -= np.float32(AIR_LEVEL)
-        values /= np.float32(self.gain)
-        values += np.float32(self.air)
-        return values
+    def from_unit(self, unit: Any) -> Any:
+        """Undo `to_unit` where nothing was clipped; a float32 array or tensor is changed in place."""
+        unit -= AIR_LEVEL
+        unit /= self.gain
+        unit += self.air
+        return unit
 
     def to_dict(self) -> dict[str, float | str]:
         """Return plain values that JSON can hold."""

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from ..core import RESEARCH_ONLY, RangeError, SettingsError, ShapeError, add_scale_bar
 from ..data.volume import Volume, block_mean
-from ..inference.super_resolve import SRSlice
+from ..inference.sr_slices import SRSlice
 from ..losses.mmsr import MMSRTerms
 from ..training.run_folder import read_history
 
@@ -281,7 +281,7 @@ def overview(volume: Volume, one: SRSlice, *, title: str = "", panel_in: float =
         add_scale_bar(ax, pixel_mm, image.shape[1])
     frame = plt.Rectangle((left * half, top * half), side * half, side * half, fill=False, ec="C1")
     axes[0].add_patch(frame)
-    shown = _draw_consistency(axes[3], np.abs(one.apart), step, 100.0)
+    shown = _draw_consistency(axes[3], np.abs(one.consistency), step, 100.0)
     figure.colorbar(shown, ax=axes[3], shrink=0.7, extend="max", label="HU")
     figure.suptitle(f"{title}; {_range_hu(LUNG_WINDOW)}. {RESEARCH_ONLY}", fontsize=11)
     plt.close(figure)

@@ -17,7 +17,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from ..core import RangeError, ShapeError
 from ..data.volume import block_mean, enlarge_nearest
-from ..inference.super_resolve import enlarge_bicubic
+from ..inference.sr_slices import enlarge_bicubic
 
 # %% ../../nbs/7_evaluation/01_metrics.ipynb #647b91fa
 def _same_shape(image: np.ndarray, truth: np.ndarray, data_range: float) -> None:

@@ -706,7 +706,7 @@ def test_ctrl_c_in_this_process(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(scan_job, "super_resolve_scan", interrupted)
+    monkeypatch.setattr(scan_job, "run_scan", interrupted)
     arguments = (place.scan, out / "a.mha", "--weights", place.weights)
     said = call(capsys, "super-resolve", *arguments)
     refused(said._replace(err=said.err.splitlines()[-1]), "stopped", code=130)

@@ -28,7 +28,7 @@ from mmsr.app.train import TrainSettings, launch_training, method_settings, trai
 from mmsr.core import FileError, MMSRError, ResourceError, SettingsError, ShapeError, read_json
 from mmsr.data.patches import open_bank, split_cases
 from mmsr.evaluation.protocols import Model, columns_of, measure_case
-from mmsr.inference.super_resolve import enlarge_bicubic
+from mmsr.inference.sr_slices import enlarge_bicubic
 from mmsr.networks.weights import load_generator
 from mmsr.scans.cases import open_case, prepared_cases, read_prepared
 from mmsr.scans.read import read_volume

@@ -22,16 +22,15 @@ from mmsr.data.volume import Volume, block_mean
 from mmsr.data.windows import CLINICAL_WINDOW
 from mmsr.inference.scan_job import (
     ScanTargets,
-    format_bytes,
-    format_duration,
-    plan_job,
+    plan_scan,
     super_resolve_scan,
 )
-from mmsr.inference.super_resolve import SROptions, super_resolve
+from mmsr.inference.sr_slices import SROptions
+from mmsr.inference.super_resolve import super_resolve
 from mmsr.networks.generators import G1Settings, SRGenerator, build_g1
 from mmsr.networks.weights import ModelCard, load_generator, save_generator
+from mmsr.scans.output_plan import unfinished
 from mmsr.scans.read import read_volume
-from mmsr.scans.resumable_output import unfinished
 from mmsr.scans.write import write_volume
 
 REAL = os.environ.get("MMSR_REAL_DATA")
@@ -253,7 +252,8 @@ torch.set_num_threads(1)
 from mmsr.networks.weights import load_generator
 from mmsr.scans.read import read_volume
 from mmsr.inference.scan_job import ScanTargets, super_resolve_scan
-from mmsr.data.volume import SliceReader, Volume
+from mmsr.data.volume import Volume
+from mmsr.scans.slices import SliceReader
 from mmsr.scans.write import write_volume
 folder, ending, side = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 g1, record = load_generator(folder / "w.safetensors")
@@ -306,7 +306,7 @@ def test_exact_means_are_the_scan(masked: bool, tile: int | None) -> None:
     options = SROptions(exact_means=True, tile=tile)
     volume = Volume(hu, (1.0, 0.6, 0.6))
     result = super_resolve(volume, g1, record_of(g1), options, mask=mask, progress=False)
-    assert result.limited == 0
+    assert result.summary.saturated == 0
     assert np.abs(block_mean(result.volume.array) - hu).max() <= 0.5
     plain = super_resolve(volume, g1, record_of(g1), mask=mask, progress=False)
     assert np.abs(block_mean(plain.volume.array) - hu).max() > 20
@@ -360,9 +360,7 @@ def test_what_cannot_end_is_not_begun(
     g1, record = load_generator(weights)
     volume, targets = read_volume(scan, lazy=True), ScanTargets(tmp_path / "sr.mha")
     monkeypatch.setattr("mmsr.inference.scan_job.free_space", lambda path: 1_000_000)
-    assert "MB free" in refused(
-        ResourceError, lambda: plan_job(volume, targets, g1, record, SROptions())
-    )
+    assert "MB free" in refused(ResourceError, lambda: plan_scan(volume, targets, g1, record))
     refused(ResourceError, lambda: super_resolve_scan(volume, targets, g1, record))
     monkeypatch.undo()
     monkeypatch.setattr("mmsr.inference.super_resolve.available_memory", lambda: 1_000_000)
@@ -426,14 +424,18 @@ def test_room_is_counted_once(
     super_resolve_scan(volume, targets, g1, record, progress=False)
     assert targets.sr.exists()
     fresh = ScanTargets(tmp_path / "again.mha", tmp_path / "again-apart.mha")
-    refused(ResourceError, lambda: plan_job(volume, fresh, g1, record, SROptions()))
+    refused(ResourceError, lambda: plan_scan(volume, fresh, g1, record))
 
 
-def test_sizes_and_times_are_readable() -> None:
-    sizes = {4_200_000: "4.2 MB", 168e6: "168 MB", 16.8e9: "16.8 GB"}
-    assert [format_bytes(int(n)) for n in sizes] == list(sizes.values())
-    times = {0.42: "0.4 s", 34.6: "35 s", 95: "1.6 min", 3000: "50 min", 4e5: "111 h"}
-    assert [format_duration(s) for s in times] == list(times.values())
+def test_a_plan_says_what_it_takes(scan: Path, weights: Path, tmp_path: Path) -> None:
+    g1, record = load_generator(weights)
+    volume = read_volume(scan, lazy=True)
+    job = plan_scan(volume, ScanTargets(tmp_path / "sr.mha"), g1, record)
+    assert (job.finished, list(tmp_path.iterdir())) == (False, [])
+    *grids, needs, time_needed = job._replace(memory=168_000_000, disk=16_800_000_000).lines(950.0)
+    assert grids[1] == "result: 256 x 320 x 12 voxels of 0.0750 x 0.0875 x 2 mm"
+    assert needs == "needs:  168MB of memory, up to 16.8GB of disk"
+    assert time_needed == "time:   about 950.0 s a slice, 3:10:00 (h:min:s) in all"
 
 
 def test_another_job_is_not_mixed_in(scan: Path, weights: Path, tmp_path: Path) -> None:

@@ -10,13 +10,8 @@ import torch
 from mmsr.core import MMSRError, ResourceError, seeded
 from mmsr.data.volume import Volume, block_mean
 from mmsr.data.windows import CLINICAL_WINDOW
-from mmsr.inference.super_resolve import (
-    SROptions,
-    _ahead,
-    enlarge_bicubic,
-    super_resolve,
-    super_resolve_slices,
-)
+from mmsr.inference.sr_slices import SROptions, _ahead, enlarge_bicubic, super_resolve_slices
+from mmsr.inference.super_resolve import super_resolve
 from mmsr.networks.generators import G1Settings, SRGenerator, build_g1
 from mmsr.networks.weights import ModelCard
 
@@ -91,12 +86,12 @@ def test_a_gpu_keeps_all_digits_whatever_was_switched_before() -> None:
         earlier += [f"{p}.fp32_precision = '{how}'" for p in places for how in ("ieee", "tf32")]
     script = """
 import os, sys, torch
-from mmsr.training.distributed import _whole_digits, deterministic_fp32
+from mmsr.training.distributed import _tf32_switch, deterministic_fp32
 cudnn = torch.backends.cudnn
 for line in sys.argv[1:]:
     if os.fork() == 0:  # the switches are the process's
         exec(line)
-        owner, name, exact = _whole_digits()
+        owner, name, exact = _tf32_switch()
         before = getattr(owner, name), cudnn.deterministic, cudnn.benchmark
         with deterministic_fp32():
             assert (getattr(owner, name), cudnn.deterministic) == (exact, True), line
@@ -127,7 +122,7 @@ def test_too_little_memory_on_the_device_is_said_in_a_line(
     def fail(*_: object) -> None:
         raise raised
 
-    monkeypatch.setattr("mmsr.inference.super_resolve._finish", fail)
+    monkeypatch.setattr("mmsr.inference.sr_slices._finish", fail)
     g1, volume = tiny(), volume_of(np.zeros((1, 12, 9)))
     with pytest.raises(kind) as e:
         list(super_resolve_slices(volume, [0], g1, record_of(g1), SROptions()))
@@ -161,7 +156,7 @@ def test_bone_and_metal_survive_the_window() -> None:
     result = super_resolve(volume_of(hu), g1, record_of(g1), progress=False)
     means = block_mean(result.volume.array[0])
     assert np.abs(means[9:15, 9:15] - hu[0, 9:15, 9:15]).max() < 60
-    assert (result.clipped, result.limited) == (64, 0)
+    assert result.summary[1:3] == (64, 0)
 
 
 def test_int16_ends_are_counted() -> None:
@@ -169,7 +164,7 @@ def test_int16_ends_are_counted() -> None:
     hu[0, 6:10, 6:10] = 32767
     g1 = tiny()
     result = super_resolve(volume_of(hu), g1, record_of(g1), progress=False)
-    assert result.limited > 0
+    assert result.summary.saturated > 0
     assert result.volume.array.max() == 32767
     assert result.volume.array.min() > -32768  # nothing wrapped around
 

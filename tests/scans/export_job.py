@@ -12,7 +12,8 @@ import numpy as np
 
 from mmsr.core import seeded
 from mmsr.data.volume import Volume
-from mmsr.scans.resumable_output import Output, ResumableOutput, open_resumable_output, placeholder
+from mmsr.scans.output_plan import Output, placeholder, plan_outputs
+from mmsr.scans.resumable_output import ResumableOutput, open_resumable_output
 
 SLICES = 9
 JOB = {"scan": "abc"}
@@ -29,6 +30,11 @@ def outputs(folder: Path, ending: str) -> dict[str, Output]:
     return {"sr": Output(folder / f"sr{ending}", sr), "map": Output(folder / "map.nii.gz", apart)}
 
 
+def begin(outputs: dict[str, Output], job: dict[str, str], **how: bool) -> ResumableOutput:
+    """Plan a job and open it."""
+    return open_resumable_output(plan_outputs(outputs, job), **how)
+
+
 def fill(export: ResumableOutput, part: tuple[int, int] = (1, 1), pause_s: float = 0.0) -> None:
     for z in export.missing(part):
         one = plane(z)
@@ -39,7 +45,7 @@ def fill(export: ResumableOutput, part: tuple[int, int] = (1, 1), pause_s: float
 def run(
     folder: Path, ending: str, part: tuple[int, int] = (1, 1), pause_s: float = 0.0
 ) -> list[dict] | None:
-    with open_resumable_output(outputs(folder, ending), JOB) as export:
+    with begin(outputs(folder, ending), JOB) as export:
         fill(export, part, pause_s)
     return export.finish()
 

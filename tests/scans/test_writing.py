@@ -17,7 +17,7 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 import zarr
-from export_job import JOB, SLICES, fill, outputs, plane, run
+from export_job import JOB, SLICES, begin, fill, outputs, plane, run
 from peak import PEAK_BYTES
 
 from mmsr.core import (
@@ -32,24 +32,19 @@ from mmsr.core import (
     seeded,
 )
 from mmsr.data.volume import DicomSource, Volume, sr_geometry
+from mmsr.scans import resumable_output
+from mmsr.scans.ome_zarr_writer import pyramid, pyramid_shapes
+from mmsr.scans.output_plan import Output, placeholder, plan_outputs, unfinished
 from mmsr.scans.read import read_volume
-from mmsr.scans.resumable_output import (
-    Output,
-    is_finished,
-    open_resumable_output,
-    placeholder,
-    share,
-    unfinished,
-)
-from mmsr.scans.slice_writers import pyramid, pyramid_shapes
+from mmsr.scans.resumable_output import share
 from mmsr.scans.slices import SliceReader
 from mmsr.scans.write import (
     WRITABLE,
     check_writable,
     disk_needed,
+    format_of,
     free_space,
     open_writer,
-    writable_suffix,
     write_volume,
 )
 
@@ -326,7 +321,7 @@ def test_notes_stay_at_home(tmp_path: Path) -> None:
     volume = enlarged(scan())._replace(notes=("Doe^Jane: padding", "super-resolved"))
     for ending in WRITABLE:
         write_volume(tmp_path / f"v{ending}", volume)
-    export = open_resumable_output({"sr": Output(tmp_path / "w.dicom", volume)}, {"scan": "0123"})
+    export = begin({"sr": Output(tmp_path / "w.dicom", volume)}, {"scan": "0123"})
     export.write(0, {"sr": volume.array[0]}, {})
     export.close()
     stored = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
@@ -347,14 +342,14 @@ def refused(kind: type[MMSRError], match: str, call: object, *args: object, **mo
 
 def test_what_cannot_be_written_is_refused_first(tmp_path: Path) -> None:
     volume = scan()
-    refused(FileError, "expected an ending of", writable_suffix, tmp_path / "a.png")
-    refused(FileError, "expected an ending of", writable_suffix, tmp_path / ".nii.gz")
-    refused(FileError, "create", writable_suffix, tmp_path / "gone" / "a.nii")
-    assert writable_suffix(tmp_path / "A.NII.GZ") == ".nii.gz"
+    refused(FileError, "expected an ending of", format_of, tmp_path / "a.png")
+    refused(FileError, "expected an ending of", format_of, tmp_path / ".nii.gz")
+    refused(FileError, "create", format_of, tmp_path / "gone" / "a.nii")
+    assert format_of(tmp_path / "A.NII.GZ").ending == ".nii.gz"
     half = volume._replace(array=volume.array.astype(np.float16))
     refused(RangeError, "float16", check_writable, tmp_path / "a.mha", half)
     grey = volume._replace(array=volume.array.astype(np.float32))
-    refused(RangeError, "CT slice", check_writable, tmp_path / "a.dicom", grey)
+    refused(RangeError, "which holds int16", check_writable, tmp_path / "a.dicom", grey)
     torn = volume._replace(source=DicomSource("1.2", (("1.3", "1.4", 0),)))
     refused(ShapeError, "source for each", check_writable, tmp_path / "a.dicom", torn)
     long = volume._replace(array=placeholder((1, 8, 40000), np.int16))
@@ -417,7 +412,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for ending in WRITABLE:
         folders[ending] = tmp_path_factory.mktemp("begun") / "job"
         folders[ending].mkdir()
-        open_resumable_output(outputs(folders[ending], ending), {"scan": "abc"}).close()
+        begin(outputs(folders[ending], ending), {"scan": "abc"}).close()
     return folders
 
 
@@ -434,6 +429,10 @@ def whole(
         assert sorted(p.name for p in folder.iterdir()) == ["map.nii.gz", f"sr{ending}"]
         left[ending] = content(folder)
     return left
+
+
+def is_finished(outputs: dict[str, Output], job: dict[str, str]) -> bool:
+    return resumable_output.is_finished(plan_outputs(outputs, job))
 
 
 def child(
@@ -560,7 +559,7 @@ def test_two_processes_at_the_same_slices(tmp_path: Path) -> None:
     go(holder)
     while not list(unfinished(tmp_path / "sr.mha").glob("done-*")):
         time.sleep(0.01)
-    with open_resumable_output(outputs(tmp_path, ".mha"), {"scan": "abc"}) as export:
+    with begin(outputs(tmp_path, ".mha"), {"scan": "abc"}) as export:
         assert export.missing((1, 3)) == [0, 1, 2]
         assert export.missing((3, 3)) == [6, 7, 8]
         for part in ((2, 3), (1, 1), (1, 2)):
@@ -569,7 +568,7 @@ def test_two_processes_at_the_same_slices(tmp_path: Path) -> None:
     refused(
         FileError,
         "another process",
-        open_resumable_output,
+        begin,
         outputs(tmp_path, ".mha"),
         other,
         overwrite=True,
@@ -590,31 +589,26 @@ def test_shares_are_all_slices_once() -> None:
 
 
 def test_torn_journal(tmp_path: Path, whole: dict[str, dict[str, str]]) -> None:
-    with open_resumable_output(outputs(tmp_path, ".mha"), {"scan": "abc"}) as export:
+    with begin(outputs(tmp_path, ".mha"), {"scan": "abc"}) as export:
         fill(export, (1, 3))
     (journal,) = unfinished(tmp_path / "sr.mha").glob("done-*.jsonl")
     text = journal.read_text()
     for keep in range(len(text)):
         journal.write_text(text[:keep])
         stored = text[:keep].count("\n")
-        assert (
-            len(open_resumable_output(outputs(tmp_path, ".mha"), {"scan": "abc"}).missing())
-            == SLICES - stored
-        )
+        assert len(begin(outputs(tmp_path, ".mha"), {"scan": "abc"}).missing()) == SLICES - stored
     journal.write_bytes(
         text.encode() + b'[]\n\x00\x00\n{"z": 8}\n\xff\n'
     )  # damaged by something else
-    assert len(
-        open_resumable_output(outputs(tmp_path, ".mha"), {"scan": "abc"}).missing()
-    ) == SLICES - text.count("\n")
+    assert len(begin(outputs(tmp_path, ".mha"), {"scan": "abc"}).missing()) == SLICES - text.count(
+        "\n"
+    )
     assert run(tmp_path, ".mha") is not None
     assert content(tmp_path) == whole[".mha"]
 
 
 def test_slices_in_any_order_and_again(tmp_path: Path, whole: dict[str, dict[str, str]]) -> None:
-    with open_resumable_output(
-        outputs(tmp_path, ".ome.zarr"), {"scan": "abc"}, sync=True
-    ) as export:
+    with begin(outputs(tmp_path, ".ome.zarr"), {"scan": "abc"}, sync=True) as export:
         for z in (8, 0, 3, 8, 2, 1, 3, 4, 5, 6, 7, 0):
             one = plane(z)
             export.write(z, {"sr": one, "map": one[::10, ::10].astype(np.float32)}, {"z": z})
@@ -623,9 +617,7 @@ def test_slices_in_any_order_and_again(tmp_path: Path, whole: dict[str, dict[str
 
 
 def test_jobs_that_are_not_the_same(tmp_path: Path) -> None:
-    with open_resumable_output(
-        outputs(tmp_path, ".mha"), {"scan": "abc", "weights": "w1"}
-    ) as export:
+    with begin(outputs(tmp_path, ".mha"), {"scan": "abc", "weights": "w1"}) as export:
         fill(export, (1, 2))
         assert export.finish() is None
     assert not (tmp_path / "sr.mha").exists()
@@ -635,31 +627,29 @@ def test_jobs_that_are_not_the_same(tmp_path: Path) -> None:
         None: "weights: w1 there, nothing",
     }.items():
         other = {"scan": "abc"} | ({"weights": job} if job else {})
-        refused(FileError, text, open_resumable_output, outputs(tmp_path, ".mha"), other)
+        refused(FileError, text, begin, outputs(tmp_path, ".mha"), other)
     wider = outputs(tmp_path, ".mha")
     wider["sr"] = Output(wider["sr"].path, wider["sr"].volume._replace(spacing_mm=(2.5, 0.1, 0.1)))
-    refused(FileError, "sr.grid", open_resumable_output, wider, {"scan": "abc", "weights": "w1"})
+    refused(FileError, "sr.grid", begin, wider, {"scan": "abc", "weights": "w1"})
     assert content(tmp_path) == before
-    with open_resumable_output(
-        outputs(tmp_path, ".mha"), {"scan": "abc"}, overwrite=True
-    ) as export:
+    with begin(outputs(tmp_path, ".mha"), {"scan": "abc"}, overwrite=True) as export:
         assert len(export.missing()) == SLICES  # nothing of the other job is taken over
     shutil.rmtree(unfinished(tmp_path / "map.nii.gz"))
-    with open_resumable_output(outputs(tmp_path, ".mha"), {"scan": "abc"}) as export:
+    with begin(outputs(tmp_path, ".mha"), {"scan": "abc"}) as export:
         fill(export)
     shutil.rmtree(unfinished(tmp_path / "map.nii.gz"))
     refused(FileError, "map.nii.gz.unfinished is gone", run, tmp_path, ".mha")
     one = outputs(tmp_path, ".mha")
-    with open_resumable_output({"map": one["map"]}, {"scan": "x"}) as export:
+    with begin({"map": one["map"]}, {"scan": "x"}) as export:
         assert len(export.missing()) == SLICES
-    refused(FileError, "belongs to another", open_resumable_output, one, {"scan": "abc"})
+    refused(FileError, "belongs to another", begin, one, {"scan": "abc"})
 
 
 @pytest.mark.parametrize("ending", WRITABLE)
 def test_what_is_finished_knows_its_job(tmp_path: Path, ending: str) -> None:
     made = outputs(tmp_path, ending)
     assert not is_finished(made, JOB)
-    with open_resumable_output(made, JOB) as export:
+    with begin(made, JOB) as export:
         fill(export)
         assert not is_finished(made, JOB)
         assert export.finish() is not None
@@ -691,7 +681,7 @@ RECORD = {"uid": "x", "plan": [], "created": None, "facts": [], "plan.slices": "
 
 @pytest.mark.parametrize("field", RECORD)
 def test_a_record_changed_by_hand_is_one_line(tmp_path: Path, field: str) -> None:
-    with open_resumable_output(outputs(tmp_path, ".mha"), JOB) as export:
+    with begin(outputs(tmp_path, ".mha"), JOB) as export:
         fill(export, (1, 3))
     path = unfinished(tmp_path / "sr.mha") / "job.json"
     whole = json.loads(path.read_text())
@@ -717,11 +707,11 @@ def test_what_exists_is_not_replaced_by_accident(tmp_path: Path) -> None:
     refused(FileError, "exists already", run, tmp_path, ".dicom")
     assert [p.name for p in tmp_path.iterdir()] == ["sr.dicom"]
     made = outputs(tmp_path, ".dicom")
-    refused(FileError, "other things in it", open_resumable_output, made, {}, overwrite=True)
+    refused(FileError, "other things in it", begin, made, {}, overwrite=True)
     (tmp_path / "sr.dicom" / "old").unlink()
     write_volume(tmp_path / "sr.dicom", scan())
     before = (tmp_path / "sr.dicom" / "000001.dcm").read_bytes()
-    with open_resumable_output(made, {"scan": "abc"}, overwrite=True) as export:
+    with begin(made, {"scan": "abc"}, overwrite=True) as export:
         fill(export)  # the earlier one stays until the new one is whole
         assert (tmp_path / "sr.dicom" / "000001.dcm").read_bytes() == before
         assert export.finish() is not None
@@ -730,21 +720,21 @@ def test_what_exists_is_not_replaced_by_accident(tmp_path: Path) -> None:
     stranger.mkdir()
     (stranger / "thesis.txt").write_text("mine")
     lone = {"sr": Output(tmp_path / "v.mha", scan())}
-    refused(FileError, "something else", open_resumable_output, lone, {}, overwrite=True)
+    refused(FileError, "something else", begin, lone, {}, overwrite=True)
     assert (stranger / "thesis.txt").exists()
 
 
 def test_wrong_slices_are_refused(tmp_path: Path) -> None:
-    with open_resumable_output(outputs(tmp_path, ".mha"), {}) as export:
+    with begin(outputs(tmp_path, ".mha"), {}) as export:
         good = {"sr": plane(0), "map": np.zeros((30, 28), np.float32)}
         refused(RangeError, "expected 0 to 8", export.write, SLICES, good, {})
         refused(ShapeError, "planes of sr, map", export.write, 0, {"sr": plane(0)}, {})
         export.write(0, good | {"map": np.zeros((30, 28))}, {})
         refused(ShapeError, "float32", export.close)
-    assert export.done() == {}  # a slice that was not stored is not said to be
+    assert export.journal.read() == {}  # a slice that was not stored is not said to be
     many = outputs(tmp_path, ".nrrd")
     many["map"] = Output(many["map"].path, scan())
-    refused(ShapeError, "same number", open_resumable_output, many, {})
+    refused(ShapeError, "same number", begin, many, {})
 
 
 # ---------------------------------------------------------------- disk and memory
@@ -774,8 +764,8 @@ def test_full_disk(
     shutil.copytree(begun[ending], small_disk, dirs_exist_ok=True)
     refused(ResourceError, "disk is full; free some space and run again", run, small_disk, ending)
     assert not (small_disk / f"sr{ending}").exists()
-    with open_resumable_output(outputs(small_disk, ending), {"scan": "abc"}) as export:
-        stored = len(export.done())
+    with begin(outputs(small_disk, ending), {"scan": "abc"}) as export:
+        stored = len(export.journal.read())
         assert 0 < stored < SLICES
     subprocess.run(["mount", "-o", "remount,size=9m", str(small_disk)], check=True)
     assert run(small_disk, ending) is not None
@@ -804,7 +794,7 @@ plane = np.arange(160 * 160, dtype=np.int16).reshape(160, 160)
 for slices in (10, 100, 1000):
     path = Path(sys.argv[1]) / f"{{slices}}{{sys.argv[2]}}"
     volume = Volume(placeholder((slices, 160, 160), np.int16), (2.0, 0.07, 0.07))
-    with open_resumable_output({{"sr": Output(path, volume)}}, {{}}) as export:
+    with begin({{"sr": Output(path, volume)}}, {{}}) as export:
         for z in export.missing():
             export.write(z, {{"sr": plane + np.int16(z)}}, {{"clipped": z}})
         export.finish()
