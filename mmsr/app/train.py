@@ -31,10 +31,31 @@ from ..training.sr_unit import SRUNITSettings, train_sr_unit, unit_settings
 
 # %% ../../nbs/8_app/03_train.ipynb #b70821c4
 class TrainSettings(Settings):
-    """Parameters of ``experiments/train.ipynb`` and of ``mmsr train``.
+    """What is trained on what, and where the run goes.
 
-    `system`, `preset` and, for the two baselines, `reading` choose a method (R12, R14); `settings`
-    are changes on top of it.
+    Parameters
+    ----------
+    prepared, run : str
+        Output folder of `prepare`, and the folder of this run.
+    system : {"SR-CycleGAN", "SR-UNIT", "CycleGAN", "UNIT"}
+        The last two have no MMSR loss.
+    preset : {"default", "paper", "released"}
+        Our settings, the paper's, or those of the later code (R12).
+    reading : {"a", "b"}
+        How CycleGAN and UNIT are read: the SR networks, or those of the originals on enlarged
+        input (R14).
+    settings : dict
+        Changes on top of the preset, such as ``{"steps": 1000, "mmsr": {"structure_x": 0}}``.
+    device, precision : str
+        ``"auto"``, ``"cpu"``, ``"cuda"`` ...; ``"32"`` or ``"bf16"``.
+    devices, threads : int
+        Processes that train together; CPU threads, 0 as torch chooses.
+    stop_after_minutes : float, optional
+        Stop early, saved; the same call goes on.
+    resume : {"auto", "never"}
+        Go on with what `run` holds, or refuse it.
+    on_change : {"refuse", "move"}
+        What becomes of a run there that has other settings.
     """
 
     prepared: NonEmpty
@@ -56,23 +77,7 @@ Method = SRCycleGANSettings | SRUNITSettings
 
 
 def method_settings(chosen: TrainSettings) -> Method:
-    """Build the settings of the method that a run names (R12, R14).
-
-    Parameters
-    ----------
-    chosen : TrainSettings
-        `system`, `preset`, `reading` and `settings` are used.
-
-    Returns
-    -------
-    SRCycleGANSettings or SRUNITSettings
-
-    Raises
-    ------
-    SettingsError
-        If `settings` has a name or a value that the method does not allow: the baselines have no
-        MMSR terms, and the SR systems no readings.
-    """
+    """Build the settings of the method that a run names; refuse what it cannot have (R12, R14)."""
     build = cyclegan_settings if chosen.system.endswith("CycleGAN") else unit_settings
     baseline = None if chosen.system.startswith("SR-") else chosen.reading
     if baseline is None and chosen.reading != "a":
@@ -150,18 +155,7 @@ def read_training(file: str | Path) -> TrainSettings:
 
 
 def launch_training(chosen: TrainSettings) -> None:
-    """Start `devices` processes with torchrun that train together, and wait for them.
-
-    Parameters
-    ----------
-    chosen : TrainSettings
-        Kept as ``train.json`` in the run's folder, for a job script.
-
-    Raises
-    ------
-    MMSRError
-        With the line that the first process refused with.
-    """
+    """Start `devices` processes with torchrun that train together, and wait for them."""
     file = Path(chosen.run, "train.json")
     make_folder(file.parent)
     write_json(file, chosen.model_dump(mode="json"))
@@ -186,20 +180,7 @@ def launch_training(chosen: TrainSettings) -> None:
 
 # %% ../../nbs/8_app/03_train.ipynb #8d635830
 def health_line(run: str | Path, settings: Method) -> str:
-    """Say in one line how a run is.
-
-    Parameters
-    ----------
-    run : str or Path
-        Its folder.
-    settings : SRCycleGANSettings or SRUNITSettings
-        Of the run.
-
-    Returns
-    -------
-    str
-        The latest health metrics, and the verdict on the last rows.
-    """
+    """Say in one line how a run is: the latest health metrics, and the verdict on them."""
     table = read_history(RunFolder.of(run).history)
     rows = [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
     if not rows:
