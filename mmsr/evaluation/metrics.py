@@ -82,7 +82,7 @@ def moment_matched(
 
 
 def band_split(image: np.ndarray, scale: int = 8) -> tuple[np.ndarray, np.ndarray]:
-    """Split an image (8h, 8w) into what its block means tell, and the detail that averages to zero."""
+    """Split an image (8h, 8w) into what its block means tell, and the detail that averages to 0."""
     coarse = enlarge_nearest(block_mean(image, scale), scale)
     return coarse, image - coarse
 
