@@ -331,13 +331,14 @@ def _run_plain(experiment: str, values: dict[str, Any]) -> None:
 
         typer.echo("\n".join(prepare(values).lines()))
     elif experiment == "train":
-        from mmsr.app import train as trainings
+        from mmsr.app.train import TrainSettings, launch_training
+        from mmsr.app.train import train as train_here
 
-        chosen = trainings.TrainSettings.read(values)
+        chosen = TrainSettings.read(values)
         if chosen.devices == 1:
-            typer.echo(trainings.train(chosen))
+            typer.echo(train_here(chosen))
         else:
-            trainings.launch_training(chosen)
+            launch_training(chosen)
     else:
         raise SettingsError(f"{experiment}: runs as a notebook only; give --out, not --plain")
 
@@ -347,9 +348,10 @@ def train(
     file: Annotated[Path, typer.Argument(help="YAML or JSON with the parameters of `train`")],
 ) -> None:
     """Train without a notebook; under torchrun or srun on several devices."""
-    from mmsr.app import train as trainings
+    from mmsr.app.train import read_training
+    from mmsr.app.train import train as train_here
 
-    done = trainings.train(trainings.read_training(file))
+    done = train_here(read_training(file))
     if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
         state = "finished" if done.finished else "stopped, run again to go on"
         typer.echo(f"{done.weights}: step {done.step}, {state}")

@@ -35,21 +35,7 @@ def make_folder(folder: str | Path) -> None:
 
 # %% ../../nbs/8_app/01_run_notebook.ipynb #08ceaafe
 def parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
-    """Collect the plain values of a notebook's parameter cells.
-
-    Call it right after the parameter cell, before anything else is defined.
-
-    Parameters
-    ----------
-    namespace : Mapping
-        The notebook's ``globals()``.
-
-    Returns
-    -------
-    dict
-        All names bound to numbers, texts, truth values, lists, dicts or None, but for those of
-        IPython itself.
-    """
+    """Collect the plain values of a notebook's ``globals()``; call it after the parameter cell."""
     plain = (int, float, str, bool, list, tuple, dict, type(None))
     return {
         name: value

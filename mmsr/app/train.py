@@ -76,23 +76,7 @@ Method = SRCycleGANSettings | SRUNITSettings
 
 
 def method_settings(chosen: TrainSettings) -> Method:
-    """Build the settings of the method that a run names (R12, R14).
-
-    Parameters
-    ----------
-    chosen : TrainSettings
-        `system`, `preset`, `baseline` and `settings` are used.
-
-    Returns
-    -------
-    SRCycleGANSettings or SRUNITSettings
-
-    Raises
-    ------
-    SettingsError
-        If `settings` has a name or a value that the method does not allow: the baselines have no
-        MMSR terms, and the SR systems no baselines.
-    """
+    """Build the settings of the method that a run names; refuse what it cannot have (R12, R14)."""
     build = cyclegan_settings if chosen.system.endswith("CycleGAN") else unit_settings
     baseline = None if chosen.system.startswith("SR-") else chosen.baseline
     if baseline is None and chosen.baseline != "sr_networks":
@@ -161,18 +145,7 @@ def read_training(file: str | Path) -> TrainSettings:
 
 
 def launch_training(chosen: TrainSettings) -> None:
-    """Start `devices` processes with torchrun that train together, and wait for them.
-
-    Parameters
-    ----------
-    chosen : TrainSettings
-        Kept as ``train.json`` in the run's folder, for a job script.
-
-    Raises
-    ------
-    MMSRError
-        With the line that the first process refused with.
-    """
+    """Start `devices` processes with torchrun that train together, and wait for them."""
     file = Path(chosen.run, "train.json")
     make_folder(file.parent)
     write_json(file, chosen.model_dump(mode="json"))
@@ -197,20 +170,7 @@ def launch_training(chosen: TrainSettings) -> None:
 
 # %% ../../nbs/8_app/03_train.ipynb #8d635830
 def health_line(run: str | Path, settings: Method) -> str:
-    """Say in one line how a run is.
-
-    Parameters
-    ----------
-    run : str or Path
-        Its folder.
-    settings : SRCycleGANSettings or SRUNITSettings
-        Of the run.
-
-    Returns
-    -------
-    str
-        The latest health metrics, and the verdict on the last rows.
-    """
+    """Say in one line how a run is: the latest health metrics, and the verdict on them."""
     table = read_history(RunFolder.of(run).history)
     rows = [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
     if not rows:

@@ -82,20 +82,7 @@ def moment_matched(
 
 
 def band_split(image: np.ndarray, scale: int = 8) -> tuple[np.ndarray, np.ndarray]:
-    """Split an image into what its block means tell, and the detail that averages to zero.
-
-    Parameters
-    ----------
-    image : ndarray, shape (8h, 8w)
-        An image on the SR grid.
-    scale : int
-        Linear ratio of the two grids.
-
-    Returns
-    -------
-    coarse, fine : ndarray, shape (8h, 8w)
-        Two orthogonal parts whose sum is `image`.
-    """
+    """Split an image (8h, 8w) into what its block means tell, and the detail that averages to 0."""
     coarse = enlarge_nearest(block_mean(image, scale), scale)
     return coarse, image - coarse
 
@@ -313,23 +300,7 @@ def _or_nan(measure: Callable[[], float]) -> float:
 
 
 def mean_measures(rows: Sequence[Measures]) -> Measures:
-    """Average the rows of one method over slices.
-
-    Parameters
-    ----------
-    rows : sequence of Measures
-        One method and one data range; slices of several sizes may have had several tiles.
-
-    Returns
-    -------
-    Measures
-        Means over the rows that have the number; NaN where none has. `tile` is that of the first.
-
-    Raises
-    ------
-    RangeError
-        If there is no row, or methods or data ranges are mixed.
-    """
+    """Average the rows of one method over slices that have the number; `tile` is the first's."""
     if len({(row.method, row.data_range) for row in rows}) != 1:
         raise RangeError("rows: expected at least one row, all of one method and data range")
     means: dict[str, Any] = {}

@@ -60,17 +60,7 @@ class EvaluateSettings(Settings):
 
 # %% ../../nbs/7_evaluation/02_protocols.ipynb #4f99b925
 def find_weights(name: str) -> Path:
-    """Locate a weights file.
-
-    Parameters
-    ----------
-    name : str
-        A path, or ``"bundled"`` for the weights that come with the package.
-
-    Returns
-    -------
-    Path
-    """
+    """Locate a weights file: a path, or ``"bundled"`` for those that come with the package."""
     return BUNDLED if name == "bundled" else expand_paths(name)[0]
 
 
@@ -200,20 +190,7 @@ def open_models(folders: Mapping[str, str], cases: Sequence[Case]) -> list[Model
 
 # %% ../../nbs/7_evaluation/02_protocols.ipynb #94709f34
 def columns_of(case: Case, models: Sequence[Model]) -> dict[str, np.ndarray]:
-    """Collect the columns of the side-by-side figure (Figs. 2 and 3).
-
-    Parameters
-    ----------
-    case : Case
-        What was enlarged.
-    models : sequence of Model
-        By what.
-
-    Returns
-    -------
-    dict of str to ndarray, shape (z, y, x) or (z, 8y, 8x)
-        Input, bicubic, each model and, where known, the truth; HU.
-    """
+    """Collect input, bicubic, each model and the truth, [z, y, x] in HU (Figs. 2 and 3)."""
     bicubic = np.stack([enlarge_bicubic(hu, case.scale) for hu in case.volume.array])
     columns = {"clinical CT": case.volume.array, "bicubic": bicubic}
     columns |= {model.label: model.volumes[case.name] for model in models}
@@ -221,20 +198,7 @@ def columns_of(case: Case, models: Sequence[Model]) -> dict[str, np.ndarray]:
 
 
 def measure_case(case: Case, models: Sequence[Model]) -> list[Measures]:
-    """Measure each slice of a case under each method.
-
-    Parameters
-    ----------
-    case : Case
-        With the truth, where it is known.
-    models : sequence of Model
-        Their volumes of this case.
-
-    Returns
-    -------
-    list of Measures
-        Slice by slice: nearest, bicubic, each model and, where known, the truth itself.
-    """
+    """Measure each slice of a case under each method, baselines and truth included."""
     low, tiles = case.volume.array, {m.label: m.facts["cases"][case.name]["tile"] for m in models}
     images: dict[str, Callable[[int], np.ndarray]] = {
         "nearest": lambda z: enlarge_nearest(low[z], case.scale),
@@ -250,18 +214,7 @@ def measure_case(case: Case, models: Sequence[Model]) -> list[Measures]:
 
 # %% ../../nbs/7_evaluation/02_protocols.ipynb #575e0a4d
 def describe_models(models: Sequence[Model]) -> list[dict[str, Any]]:
-    """Say for each model what was trained, on what and for how long.
-
-    Parameters
-    ----------
-    models : sequence of Model
-        From `open_models`.
-
-    Returns
-    -------
-    list of dict
-        Rows of a table.
-    """
+    """Say for each model what was trained, on what and for how long."""
     rows = []
     for model in models:
         card = model.facts["weights"]
@@ -288,18 +241,7 @@ def describe_models(models: Sequence[Model]) -> list[dict[str, Any]]:
 
 
 def finite(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Put None where a row has NaN or infinity.
-
-    Parameters
-    ----------
-    row : Mapping
-        Names and values.
-
-    Returns
-    -------
-    dict
-        The same, fit for JSON.
-    """
+    """Put None where a row has NaN or infinity, so that it is fit for JSON."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in row.items()

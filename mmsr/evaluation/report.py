@@ -17,20 +17,7 @@ from ..core import RESEARCH_ONLY, ShapeError, atomic_write
 
 # %% ../../nbs/7_evaluation/04_report.ipynb #d32fd8f5
 def paragraph(text: str, *, heading: bool = False) -> str:
-    """Make a paragraph or a heading.
-
-    Parameters
-    ----------
-    text : str
-        Plain text; it is escaped.
-    heading : bool
-        Whether it is a heading.
-
-    Returns
-    -------
-    str
-        HTML.
-    """
+    """Make a paragraph or a heading of plain text, which is escaped."""
     tag = "h2" if heading else "p"
     return f"<{tag}>{html.escape(text)}</{tag}>"
 
@@ -112,17 +99,7 @@ figure{margin:1.4rem 0} img{max-width:100%;height:auto} figcaption{color:#55606a
 
 
 def write_report(path: str | Path, title: str, parts: Sequence[str]) -> None:
-    """Write parts as one self-contained page, whole or not at all.
-
-    Parameters
-    ----------
-    path : str or Path
-        The .html file.
-    title : str
-        Heading of the page.
-    parts : sequence of str
-        HTML from `paragraph`, `table` and `picture`.
-    """
+    """Write parts (from `paragraph`, `table`, `picture`) as one page, whole or not at all."""
     heading = html.escape(title)
     page = (
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{heading}</title>"

@@ -122,7 +122,7 @@ class ModelCard(Settings):
             f"{name} {w['air']:g} … {w['tissue']:g} {w['unit']}" for name, w in windows.items() if w
         ]
         return (
-            f"{self.method}, {self.training.get('steps', 'unknown')} steps, on {self.data}\n"
+            f"{self.method}, {self.training.get('steps', 'unknown')} steps, on {self.data.split(':')[0]}\n"
             f"G1 enlarges {self.g1.scale} times; air … soft tissue: {', '.join(said)}\n{self.notice}"
         )
 
