@@ -290,7 +290,9 @@ def test_paths_of_weights_begin_in_the_folder_of_results(tmp_path: Path) -> None
     (tmp_path / "mine.safetensors").write_text("weights")
     for name in ("../mine.safetensors", str(tmp_path / "mine.safetensors"), "bundled"):
         check_plan({"weights": {"given": name}}, tmp_path / "results")
-    check_plan({"train": {"a": {"system": "CycleGAN", "baseline": "same_size", "settings": {"mmsr": {}}}}})
+    check_plan(
+        {"train": {"a": {"system": "CycleGAN", "baseline": "same_size", "settings": {"mmsr": {}}}}}
+    )
 
 
 def test_hints_come_from_the_network_that_was_chosen() -> None:
