@@ -32,13 +32,8 @@ from mmsr.core import (
     progress_bar,
 )
 from ..data.patches import PatchBank
-from mmsr.networks.weights import (
-    AnyGenerator,
-    G1Network,
-    ModelCard,
-    load_generator,
-    save_generator,
-)
+from ..networks.generators import G1
+from ..networks.weights import AnyG1, ModelCard, load_generator, save_generator
 from .distributed import all_reduce_mean, on_rank_zero
 from mmsr.training.run_folder import (
     History,
@@ -444,19 +439,19 @@ class TrainingRun:
             self.fabric, lambda: save_checkpoint(self.run.checkpoints, self.step, state, kept)
         )
 
-    def save_generator(self, g1: G1Network, record: Callable[[int], ModelCard]) -> None:
+    def save_generator(self, g1: G1, record: Callable[[int], ModelCard]) -> None:
         """Write the generator beside the books, unless it is there.
 
         Parameters
         ----------
-        g1 : SRGenerator, ResnetGenerator or UNITGenerator
+        g1 : G1
             The generator to keep.
         record : callable
             Makes its record from the number of steps.
         """
         on_rank_zero(self.fabric, lambda: self._save_generator(g1, record))
 
-    def _save_generator(self, g1: G1Network, record: Callable[[int], ModelCard]) -> None:
+    def _save_generator(self, g1: G1, record: Callable[[int], ModelCard]) -> None:
         """Write the weights file, unless that of this step is there."""
         there, wanted = None, record(self.step)
         with suppress(FileError):  # a damaged one is written anew
@@ -468,7 +463,7 @@ class TrainingRun:
 # %% ../../nbs/4_training/06_run.ipynb #6ee17b5a
 def record_of(
     method: str,
-    g1: AnyGenerator,
+    g1: AnyG1,
     settings: LoopSettings,
     x_bank: PatchBank,
     y_bank: PatchBank,
@@ -529,7 +524,7 @@ class TrainedRun(NamedTuple):
     """What a training leaves."""
 
     networks: Any  # the named tuple of the system's networks
-    g1: G1Network
+    g1: G1
     step: int
     finished: bool
     weights: Path

@@ -28,18 +28,14 @@ from mmsr.networks.discriminators import (
     build_discriminator,
 )
 from mmsr.networks.generators import (
-    AnyG1,
-    AnyG2,
+    G1,
     DownsamplingGenerator,
     G1Settings,
     G2Settings,
     ResnetGenerator,
     ResnetSettings,
-    SRGenerator,
-    build_g1,
-    build_g2,
 )
-from ..networks.weights import G1Network
+from ..networks.weights import AnyG1, AnyG2, build_g1, build_g2
 from .distributed import make_fabric, sharded_normal, step_generator
 from mmsr.training.health import (
     HEALTH_METRICS,
@@ -80,7 +76,7 @@ class SRCycleGANSettings(LoopSettings):
 
     Parameters
     ----------
-    g1, g2 : G1Settings or ResnetSettings, G2Settings or ResnetSettings
+    g1, g2 : AnyG1, AnyG2
         The generators X → Y and Y → X; their scales agree.
     d_x, d_y : DiscriminatorSettings
         The judges of clinical and of µCT patches.
@@ -177,7 +173,7 @@ def cyclegan_settings(
 class Networks(NamedTuple):
     """The four players, in the paper's names."""
 
-    g1: SRGenerator | ResnetGenerator
+    g1: G1
     g2: DownsamplingGenerator | ResnetGenerator
     d_x: PatchDiscriminator
     d_y: PatchDiscriminator
@@ -376,8 +372,8 @@ def train_sr_cyclegan(
     x_side, y_side = x_bank.info.size, y_bank.info.size
     check_sizes(
         {
-            "d_x": (y_side if settings.enlarged_input else x_side, networks.d_x.least),
-            "d_y": (y_side, networks.d_y.least),
+            "d_x": (y_side if settings.enlarged_input else x_side, networks.d_x.min_size),
+            "d_y": (y_side, networks.d_y.min_size),
             "mmsr.ssim_window": (x_side, (settings.mmsr.ssim_window or (1,))[0]),
         }
     )
@@ -497,7 +493,7 @@ def train_sr_cyclegan(
                 strip=lambda: preview_rows(average if settings.ema else g1, g2, shown_x, shown_y),
             )
 
-        best: G1Network = average if settings.ema else g1
+        best: G1 = average if settings.ema else g1
         if settings.enlarged_input:
             best = with_input_enlargement(best, scale)
         keeper.save_generator(

@@ -31,6 +31,7 @@ from mmsr.networks.discriminators import (
     PatchDiscriminator,
     build_discriminator,
 )
+from ..networks.generators import G1
 from mmsr.networks.unit import (
     Decoder,
     Encoder,
@@ -39,7 +40,6 @@ from mmsr.networks.unit import (
     UNITSettings,
     build_unit,
 )
-from ..networks.weights import G1Network
 from .distributed import make_fabric, sharded_normal, step_generator
 from mmsr.training.health import (
     HEALTH_METRICS,
@@ -380,10 +380,10 @@ def train_sr_unit(
     x_side = y_bank.info.size if settings.enlarged_input else x_bank.info.size
     check_sizes(
         {
-            "unit, clinical side": (x_side, networks.encode_x.least),
-            "unit, µCT side": (y_bank.info.size, networks.encode_y.least),
-            "d_x": (x_side, networks.d_x.least),
-            "d_y": (y_bank.info.size, networks.d_y.least),
+            "unit, clinical side": (x_side, networks.encode_x.min_size),
+            "unit, µCT side": (y_bank.info.size, networks.encode_y.min_size),
+            "d_x": (x_side, networks.d_x.min_size),
+            "d_y": (y_bank.info.size, networks.d_y.min_size),
             "mmsr.ssim_window": (x_bank.info.size, (settings.mmsr.ssim_window or (1,))[0]),
         }
     )
@@ -495,7 +495,7 @@ def train_sr_unit(
                 ),
             )
 
-        best: G1Network = average if settings.ema else g1
+        best: G1 = average if settings.ema else g1
         if settings.enlarged_input:
             best = with_input_enlargement(best, scale)
         keeper.save_generator(

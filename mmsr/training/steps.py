@@ -23,9 +23,7 @@ from mmsr.core import (
     FileError,
     seeded,
 )
-from mmsr.networks.weights import (
-    G1Network,
-)
+from ..networks.generators import G1
 from .distributed import average_gradients
 
 if TYPE_CHECKING:
@@ -305,7 +303,7 @@ def enlarge_input(x: Tensor, scale: int) -> Tensor:
     return F.interpolate(x, scale_factor=scale, mode="bicubic")
 
 
-def with_input_enlargement(g1: G1Network, scale: int) -> G1Network:
+def with_input_enlargement(g1: G1, scale: int) -> G1:
     """Copy a generator that keeps the size into one that enlarges first (R14b).
 
     Parameters

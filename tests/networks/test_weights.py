@@ -12,14 +12,13 @@ import torch
 from safetensors.torch import save
 
 from mmsr.core import FileError, MMSRError, RangeError, ResourceError, SettingsError
-from mmsr.networks.generators import G1Settings, ResnetSettings, build_g1
+from mmsr.networks.generators import G1, G1Settings, ResnetSettings
 from mmsr.networks.unit import UNITSettings
 from mmsr.networks.weights import (
     RECORD_KEY,
-    AnyGenerator,
-    G1Network,
+    AnyG1,
     ModelCard,
-    build_generator,
+    build_g1,
     load_generator,
     save_generator,
 )
@@ -27,13 +26,13 @@ from mmsr.networks.weights import (
 SMALL = G1Settings(channels=8, blocks=1, norm="none", head_kernel=3, last_kernel=3)
 
 
-def record_of(settings: AnyGenerator, **more: object) -> ModelCard:
+def record_of(settings: AnyG1, **more: object) -> ModelCard:
     """Make a record with no story."""
     known = {"clinical_window": {}, "micro_window": {}, "method": "untrained", "data": "none"}
     return ModelCard.read({"g1": settings, **known, **more})
 
 
-def tensors_of(g1: G1Network) -> dict[str, torch.Tensor]:
+def tensors_of(g1: G1) -> dict[str, torch.Tensor]:
     """Return the weights as safetensors wants them."""
     return {name: value.detach().contiguous() for name, value in g1.state_dict().items()}
 
@@ -92,8 +91,8 @@ def refused(path: Path, content: bytes) -> str:
         UNITSettings(latent=16, blocks=1, halvings_x=2, halvings_y=2, enlarged=8, norm="channel"),
     ],
 )
-def test_round_trip(settings: AnyGenerator, tmp_path: Path) -> None:
-    g1 = build_generator(settings, torch.Generator().manual_seed(3)).eval()
+def test_round_trip(settings: AnyG1, tmp_path: Path) -> None:
+    g1 = build_g1(settings, torch.Generator().manual_seed(3)).eval()
     path = tmp_path / "g1.safetensors"
     save_generator(path, g1, record_of(settings, measures={"PSNR": 15.25}))
     again, record = load_generator(path)

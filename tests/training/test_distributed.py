@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mmsr.training.settings import LoopSettings
 from test_resume import SYSTEMS, train, write_banks
 
 from mmsr.core import SettingsError
 from mmsr.networks.weights import load_generator
 from mmsr.training.run_folder import list_checkpoints, load_checkpoint, read_history
+from mmsr.training.settings import LoopSettings
 
 WORKER = """
 import json, sys

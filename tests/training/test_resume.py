@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mmsr.training.health import DivergenceError
 
 from mmsr.app.cli import run as training
 from mmsr.core import FileError, ResourceError, SettingsError, ShapeError, read_json, seeded
@@ -30,6 +29,7 @@ from mmsr.data.patches import PatchBank, PatchCase, open_bank, write_bank
 from mmsr.data.windows import Window
 from mmsr.networks.weights import load_generator
 from mmsr.training import sr_cyclegan, sr_unit
+from mmsr.training.health import DivergenceError
 from mmsr.training.run import TrainedRun
 from mmsr.training.run_folder import (
     CHECKPOINT_FORMAT,

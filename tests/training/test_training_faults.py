@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mmsr.training.health import HealthError
 from test_resume import SETTINGS, SYSTEMS, UNIT_SETTINGS, start_anew, train, write_banks
 
 from mmsr.core import FileError, MMSRError, ResourceError, SettingsError
 from mmsr.data.patches import open_bank
 from mmsr.networks.weights import load_generator
 from mmsr.training.distributed import make_fabric
+from mmsr.training.health import HealthError
 from mmsr.training.run_folder import list_checkpoints, load_checkpoint, locked, read_history
 from mmsr.training.settings import HealthSettings, LoopSettings
 
