@@ -12,8 +12,7 @@ import torch
 from peak import PEAK_BYTES
 
 from mmsr.core import MMSRError, RangeError
-from mmsr.inference import lazy_layers
-from mmsr.inference import tiling
+from mmsr.inference import lazy_layers, tiling
 from mmsr.inference.memory import choose_batch, choose_tile, memory_needed
 from mmsr.inference.tiling import sr_slice, sr_tiles
 from mmsr.networks.generators import G1Settings, ResnetSettings
