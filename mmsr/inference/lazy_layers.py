@@ -17,12 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import RangeError, SettingsError
+from ..networks.generators import AddNoise, CropTo, Enlarge, Hold, PadTo, Stage
 from mmsr.networks.layers import (
     ChannelNorm,
     Convolution,
     DownBlock,
     FoldedConvolution,
     InstanceNorm,
+    LastConvolution,
     PReLU,
     ResidualBlock,
     UpBlock,
@@ -51,6 +53,8 @@ class Tiling(NamedTuple):
     height: int  # of the clinical slice
     half_on: str | None = None  # kind of device on which to try bfloat16 first
     sample: bool = False  # make two tiles only, which stand for all: to see what they take
+    width: int = 0  # of the clinical slice, for a stage that crops to it
+    noise: Tensor | None = None  # (b, c, h, w) on its grid, for the stages that add some
 
 
 Step = Callable[[Map, Tiling], Map]
@@ -180,16 +184,36 @@ def _mirrored(a: int, b: int, n: int) -> Span:
     return (min(a, 2 * n - 1 - b), n) if b > n else (a, b)
 
 
-def crop(size: tuple[int, int]) -> Step:
-    """Forget what is below and to the right of a size."""
+def crop(factor: int) -> Step:
+    """Forget what is below and to the right of the slice, on a grid finer by a factor."""
 
-    def step(m: Map, _: Tiling) -> Map:
+    def step(m: Map, tiling: Tiling) -> Map:
+        size = tiling.height * factor, tiling.width * factor
         everything, whole = (((0, n[0]), (0, n[1])) for n in (size, m.size))
 
         def read(box: Box) -> Tensor:  # all of it as the layers before make all of it
             return m.read(whole)[index(box)] if box == everything else m.read(box)
 
         return Map(size, read)
+
+    return step
+
+
+def _noisy(stage: AddNoise) -> Step:
+    """Add noise of a finer grid, whose pixels are channels of the slice's."""
+
+    def step(m: Map, tiling: Tiling) -> Map:
+        assert tiling.noise is not None
+        own = tiling.noise.narrow(1, stage.first, stage.factor**2)
+        field = shuffled(stage.factor)(from_tensor(own), tiling)
+        finer = field.size[0] // m.size[0]  # 2 where the phases are still channels
+
+        def read(box: Box) -> Tensor:
+            piece = m.read(box)
+            here = field.read(each_axis(box, m.size, lambda a, b, _: (finer * a, finer * b)))
+            return stage.add(piece, here.to(piece.dtype))
+
+        return Map(m.size, read)
 
     return step
 
@@ -322,15 +346,15 @@ POINTWISE = (
 )
 
 
-def steps_of(*layers: nn.Module) -> list[Step]:
-    """Turn layers into steps, in order; one that is not known is refused."""
+def steps_of(*stages: Stage) -> list[Step]:
+    """Turn layers and other stages into steps, in order; one that is not known is refused."""
     steps: list[Step] = []
-    for layer in layers:
-        kind = type(layer)  # itself: a class derived from it may do something else
+    for stage in stages:
+        kind = type(stage)  # itself: a class derived from it may do something else
         if kind in POINTWISE:
-            steps.append(_pointwise(layer))
+            steps.append(_pointwise(stage))  # type: ignore[arg-type]
         elif kind in _KNOWN:
-            steps += _KNOWN[kind](layer)
+            steps += _KNOWN[kind](stage)
         else:
             raise SettingsError(
                 f"tile: {kind.__name__} is no layer that can be run in tiles; run whole slices "
@@ -339,7 +363,7 @@ def steps_of(*layers: nn.Module) -> list[Step]:
     return steps
 
 
-_KNOWN: dict[type[nn.Module], Callable[[Any], list[Step]]] = {
+_KNOWN: dict[type, Callable[[Any], list[Step]]] = {
     nn.Sequential: lambda layer: steps_of(*layer),
     ResidualBlock: lambda layer: [_residual(layer)],
     UpBlock: lambda layer: [
@@ -352,7 +376,13 @@ _KNOWN: dict[type[nn.Module], Callable[[Any], list[Step]]] = {
     DownBlock: lambda layer: [*steps_of(layer.conv, layer.norm), _pointwise(F.relu)],
     FoldedConvolution: lambda layer: [_convolved(layer), shuffled(2)],
     Convolution: lambda layer: [_convolved(layer)],
+    LastConvolution: lambda layer: [_convolved(layer)],
     nn.PixelShuffle: lambda layer: [shuffled(layer.upscale_factor)],
     InstanceNorm: lambda layer: [_normalised],
     nn.Identity: lambda layer: [],
+    Enlarge: lambda stage: [enlarged(stage.factor)] if stage.factor > 1 else [],
+    PadTo: lambda stage: [mirror_pad_to(stage.multiple)],
+    CropTo: lambda stage: [crop(stage.factor)],
+    AddNoise: lambda stage: [_noisy(stage)],
+    Hold: lambda stage: [materialise],
 }

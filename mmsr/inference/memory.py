@@ -88,13 +88,13 @@ def memory_needed(g1: G1, shape: tuple[int, int], *, tile: int | None, batch: in
 def _peak(settings: Any, shape: tuple[int, int], tile: int | None, batch: int) -> int:
     """Go through the motions of `sr_slice`."""
     g1, x, noise = _without_memory(settings, (batch, 1, *shape))
-    tiling = _tiling(g1, x, tile, "32")._replace(sample=True)
+    tiling = _tiling(g1, x, tile, "32")._replace(sample=True, noise=noise)
     size = shape[0] * g1.scale, shape[1] * g1.scale
     tally, out = _LiveBytes(), None
     with torch.no_grad(), tally:
         if noise is not None:
             tally.count(noise)
-        for _, piece in _tiles(g1, x, noise, tiling):
+        for _, piece in _tiles(g1, x, tiling):
             if out is None and piece.shape[2:] != size:
                 out = x.new_empty(batch, 1, *size)
     return int(ALLOCATOR_OVERHEAD * tally.peak) + LIBRARY_BYTES

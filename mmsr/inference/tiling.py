@@ -16,30 +16,14 @@ from mmsr.inference.lazy_layers import (
     UNTILED,
     Box,
     Map,
-    Step,
     Tiling,
-    crop,
-    each_axis,
     enlarged,
     from_tensor,
     index,
-    materialise,
-    mirror_pad_to,
-    shuffled,
     steps_of,
     walk,
 )
-from mmsr.networks.generators import (
-    G1,
-    AddInput,
-    AddNoise,
-    CropTo,
-    Enlarge,
-    Hold,
-    PadTo,
-    Stage,
-    add_inside_tanh,
-)
+from ..networks.generators import G1, AddInput, Stage, add_inside_tanh
 from ..networks.layers import check_image
 
 # %% ../../nbs/6_inference/02_tiling.ipynb #e9b594fa
@@ -48,75 +32,40 @@ MIN_TILE = 64  # smallest tile: for small pieces a processor takes kernels that 
 _Ending = Callable[[Tensor, Box], Tensor]  # of numbers, and of where they are on the SR grid
 
 
+def _split(g1: G1) -> tuple[list[Stage], Stage | None]:
+    """Separate the last activation from the stages before it; refuse what cannot run in tiles."""
+    if not (stages := g1.stages()):
+        raise SettingsError(
+            f"tile: {type(g1).__name__} lists no stages to run in tiles; run whole slices (tile=None)"
+        )
+    ends = isinstance(stages[-1], AddInput) or type(stages[-1]) is nn.Tanh
+    body = list(stages[:-1] if ends else stages)
+    steps_of(*body)
+    return body, stages[-1] if ends else None
+
+
 def untileable(g1: G1) -> str:
     """Say why a generator runs on whole slices only; nothing if it runs in tiles."""
-    stages = g1.stages()
-    if stages is None:
-        return f"tile: {type(g1).__name__} lists no stages to run in tiles; use tile=None"
     try:
-        for stage in stages:
-            if isinstance(stage, nn.Module):
-                steps_of(stage)
+        _split(g1)
     except SettingsError as e:
         return str(e)
     return ""
 
 
-def _sr_map(g1: G1, x: Tensor, noise: Tensor | None, tiling: Tiling) -> tuple[Map, _Ending]:
+def _sr_map(g1: G1, x: Tensor, tiling: Tiling) -> tuple[Map, _Ending]:
     """Take a generator through slices, up to the last activation; give that, too."""
-    size = (x.shape[2] * g1.scale, x.shape[3] * g1.scale)
     if untileable(g1):
-        return Map(size, lambda _: g1(x, noise)), lambda piece, _: piece
-    *stages, last = g1.stages() or ()
-    m, ending = from_tensor(x), _activation(last, x)
-    for stage in stages if ending else (*stages, last):
-        steps, noise = _steps(stage, x, noise)
-        for step in steps:
-            m = step(m, tiling)
-    return m, ending or (lambda piece, _: piece)
-
-
-def _activation(last: Stage, x: Tensor) -> _Ending | None:
-    """Give the last activation, if the last stage is one."""
+        size = x.shape[2] * g1.scale, x.shape[3] * g1.scale
+        return Map(size, lambda _: g1(x, tiling.noise)), lambda piece, _: piece
+    body, last = _split(g1)
+    m = from_tensor(x)
+    for step in steps_of(*body):
+        m = step(m, tiling)
     if isinstance(last, AddInput):
-        base = enlarged(last.factor)(from_tensor(x), Tiling(UNTILED, 1))
-        return lambda piece, box: add_inside_tanh(piece, base.read(box))
-    return (lambda piece, _: torch.tanh(piece)) if type(last) is nn.Tanh else None
-
-
-def _steps(stage: Stage, x: Tensor, noise: Tensor | None) -> tuple[list[Step], Tensor | None]:
-    """Turn a stage into steps; give the noise that is left."""
-    height, width = x.shape[2:]
-    match stage:
-        case Enlarge(factor):
-            return [enlarged(factor)] if factor > 1 else [], noise
-        case PadTo(multiple):
-            return [mirror_pad_to(multiple)], noise
-        case CropTo(factor):
-            return [crop((height * factor, width * factor))], noise
-        case Hold():
-            return [materialise], noise
-        case AddNoise(factor, add) if noise is not None:
-            here, rest = noise.tensor_split([factor**2], 1)
-            return [_noisy(factor, add, here)], rest
-    return steps_of(stage), noise  # type: ignore[arg-type]
-
-
-def _noisy(factor: int, add: Callable[[Tensor, Tensor], Tensor], noise: Tensor) -> Step:
-    """Add noise of a finer grid, whose pixels are channels of the slice's."""
-    field = shuffled(factor)(from_tensor(noise), Tiling(UNTILED, 1))
-
-    def step(m: Map, _: Tiling) -> Map:
-        finer = field.size[0] // m.size[0]  # 2 where the phases are still channels
-
-        def read(box: Box) -> Tensor:
-            piece = m.read(box)
-            here = field.read(each_axis(box, m.size, lambda a, b, _: (finer * a, finer * b)))
-            return add(piece, here.to(piece.dtype))
-
-        return Map(m.size, read)
-
-    return step
+        base = enlarged(last.factor)(from_tensor(x), tiling)
+        return m, lambda piece, box: add_inside_tanh(piece, base.read(box))
+    return m, lambda piece, _: torch.tanh(piece) if last else piece
 
 # %% ../../nbs/6_inference/02_tiling.ipynb #0b703a3f
 @torch.inference_mode()
@@ -128,7 +77,7 @@ def sr_tiles(
     Arguments and errors as in `sr_slice`; the pixels are (b, 1, rows, columns) in [−1, 1].
     """
     tiling = _tiling(g1, x, tile, precision)
-    yield from _tiles(g1, x, g1.noise_of(x), tiling)
+    yield from _tiles(g1, x, tiling._replace(noise=g1.noise_of(x)))
 
 
 def _tiling(g1: G1, x: Tensor, tile: int | None, precision: str) -> Tiling:
@@ -143,12 +92,13 @@ def _tiling(g1: G1, x: Tensor, tile: int | None, precision: str) -> Tiling:
     if tile is not None and (reason := untileable(g1)):
         raise SettingsError(reason)
     tile = UNTILED if tile is None else max(tile, MIN_TILE)
-    return Tiling(tile, x.shape[2], x.device.type if precision == "bf16" else None)
+    half_on = x.device.type if precision == "bf16" else None
+    return Tiling(tile, x.shape[2], half_on, width=x.shape[3])
 
 
-def _tiles(g1: G1, x: Tensor, noise: Tensor | None, tiling: Tiling) -> Iterator[tuple[Box, Tensor]]:
+def _tiles(g1: G1, x: Tensor, tiling: Tiling) -> Iterator[tuple[Box, Tensor]]:
     """Walk over the SR grid."""
-    m, ending = _sr_map(g1, x, noise, tiling)
+    m, ending = _sr_map(g1, x, tiling)
     for box, piece in walk(m, tiling):
         yield box, ending(piece.to(x.dtype), box)
 

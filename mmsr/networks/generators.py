@@ -25,6 +25,7 @@ from mmsr.networks.layers import (
     Convolution,
     DownBlock,
     FoldedConvolution,
+    LastConvolution,
     Network,
     Norm,
     PReLU,
@@ -175,9 +176,10 @@ class Hold(NamedTuple):
 
 
 class AddNoise(NamedTuple):
-    """Stage: add noise of a grid that is finer than the slice's; takes factor² of its channels."""
+    """Stage: add noise of a grid that is finer than the slice's by a factor."""
 
     factor: int
+    first: int  # of the factor² channels of noise that are the pixels of that grid
     add: Callable[[Tensor, Tensor], Tensor]  # features and (b, 1, h, w) of noise on the finer grid
 
 
@@ -327,10 +329,12 @@ class SRGenerator(G1):
     def stages(self) -> list[Stage]:
         """List what `forward` does."""
         stages: list[Stage] = [self.head, self.blocks, self.neck, Hold()]
+        first = 0
         for i, block in enumerate(self.up):
             stages.append(block)
             if self.settings.noise:
-                stages.append(AddNoise(2 ** (i + 1), partial(self.add_noise, i)))
+                stages.append(AddNoise(2 ** (i + 1), first, partial(self.add_noise, i)))
+                first += 4 ** (i + 1)
         return [*stages, self.last, AddInput(self.scale) if self.settings.skip else nn.Tanh()]
 
 # %% ../../nbs/2_networks/02_generators.ipynb #354fbe7c
@@ -358,7 +362,7 @@ class ResnetGenerator(G1):
         downs = [DownBlock(n << i, n << i + 1, outer, kernel=3) for i in range(-octaves)]
         self.tail = nn.Sequential(*ups, *downs)  # one of the two, or none
         width = n >> octaves if octaves > 0 else n << -octaves
-        self.last = Convolution(width, 1, 7, full=True)
+        self.last = LastConvolution(width, 1, 7)
         self.gain = min(n / width, 1.0)  # Adam's step of the sum grows with its channels
 
     @classmethod
@@ -415,7 +419,7 @@ class DownsamplingGenerator(Network):
         widths = [1, *[n >> i for i in reversed(range(octaves))]]
         self.down = nn.Sequential(*[DownBlock(a, b, outer) for a, b in pairwise(widths)])
         self.blocks = nn.Sequential(*[ResidualBlock(n, norm) for _ in range(settings.blocks)])
-        self.last = Convolution(n, 1, 3, full=True)
+        self.last = LastConvolution(n, 1, 3)
 
     @classmethod
     def build(cls, settings: G2Settings, generator: torch.Generator | None = None) -> Self:

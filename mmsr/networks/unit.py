@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from ..core import Settings
 from .generators import G1, CropTo, Enlarge, PadTo, Stage
 from mmsr.networks.layers import (
-    Convolution,
     DownBlock,
     FoldedConvolution,
+    LastConvolution,
     Network,
     Norm,
     ResidualBlock,
@@ -120,7 +120,7 @@ class Decoder(Network):
         if octaves:
             self.last = FoldedConvolution(n >> octaves, kernel)
         else:
-            self.last = Convolution(n, 1, kernel, full=True)
+            self.last = LastConvolution(n, 1, kernel)
 
     def forward(self, latent: Tensor) -> Tensor:
         """Decode (b, latent, h, w) as images (b, 1, h·2^octaves, w·2^octaves) in [−1, 1].

@@ -9,6 +9,7 @@ __all__ = ['GENERATORS', 'G2_NETWORKS', 'AnyG1', 'AnyG2', 'RECORD_KEY', 'build_g
 # %% ../../nbs/2_networks/05_weights.ipynb #67d30c65
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,22 +46,13 @@ G2_NETWORKS: dict[str, type[DownsamplingGenerator | ResnetGenerator]] = {
 _RENAMED = {"pixel shuffle": "pixel_shuffle", "light": "strided"}  # until 0.1
 
 
-def _g1_settings(value: Any) -> Settings:
-    """Read the settings of a G1 of any kind."""
-    return _settings_of(value, GENERATORS, "pixel_shuffle")
-
-
-def _g2_settings(value: Any) -> Settings:
-    """Read the settings of a G2 of any kind."""
-    return _settings_of(value, G2_NETWORKS, "strided")
-
-
-def _settings_of(value: Any, networks: Mapping[str, Any], missing: str) -> Settings:
-    """Read settings by the kind that they name."""
+def _settings_of(networks: Mapping[str, Any], value: Any) -> Settings:
+    """Read settings by the kind that they name, the first where none is named."""
+    first, *_ = networks
     if isinstance(value, Mapping):
-        kind = str(value.get("kind", missing))
+        kind = str(value.get("kind", first))
     else:
-        kind = getattr(value, "kind", missing)
+        kind = getattr(value, "kind", first)
     if kind in networks:
         return networks[kind].settings_class.model_validate(value)
     text = "expected " + " or ".join(map(repr, networks))
@@ -69,8 +61,8 @@ def _settings_of(value: Any, networks: Mapping[str, Any], missing: str) -> Setti
     raise pydantic.ValidationError.from_exception_data("settings", [error])
 
 
-AnyG1 = Annotated[Any, pydantic.BeforeValidator(_g1_settings)]
-AnyG2 = Annotated[Any, pydantic.BeforeValidator(_g2_settings)]
+AnyG1 = Annotated[Any, pydantic.BeforeValidator(partial(_settings_of, GENERATORS))]
+AnyG2 = Annotated[Any, pydantic.BeforeValidator(partial(_settings_of, G2_NETWORKS))]
 
 
 def build_g1(settings: AnyG1, generator: torch.Generator | None = None) -> G1:
