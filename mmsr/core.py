@@ -20,11 +20,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import numpy as np
 import pydantic
-from pydantic_core import InitErrorDetails, PydanticCustomError
 
 # %% ../nbs/00_core.ipynb #dc3b87f2
 RESEARCH_ONLY = "Research only; fine detail is synthesised."
@@ -223,26 +222,6 @@ class Settings(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _known(cls, values: Any) -> Any:
-        """Refuse unknown names, and say which one may be meant."""
-        errors = []
-        for name in values if isinstance(values, Mapping) else ():
-            if name not in cls.model_fields:
-                near = difflib.get_close_matches(str(name), list(cls.model_fields), 1)
-                hint = (
-                    f"did you mean {near[0]}?"
-                    if near
-                    else f"known are {', '.join(cls.model_fields)}"
-                )
-                text = f"unknown parameter of {cls.__name__}; {hint}"
-                kind = PydanticCustomError("unknown", text)
-                errors.append(InitErrorDetails(type=kind, loc=(str(name),), input=None))
-        if errors:
-            raise pydantic.ValidationError.from_exception_data(cls.__name__, errors)
-        return values
-
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Self:
         """Check `values` and build the settings from them.
@@ -271,12 +250,52 @@ class Settings(pydantic.BaseModel):
 def _settings_message(cls: type[Settings], error: pydantic.ValidationError) -> str:
     """Put the first complaint of pydantic into one line; say how many more there are."""
     first, *more = error.errors(include_url=False)
-    name = ".".join(map(str, first["loc"])) or cls.__name__
-    reason = first["msg"].removeprefix("Value error, ")
-    text = f"{name}: {reason[0].lower()}{reason[1:]}"
-    if first["type"] != "unknown" and not isinstance(first["input"], Mapping):
-        text += f", got {first['input']!r}"  # a whole model says nothing
+    path, _ = _follow(cls, first["loc"])
+    name = ".".join(path) or cls.__name__
+    if first["type"] == "union_tag_invalid":
+        tags, tag = first["ctx"]["expected_tags"].replace("', '", "' or '"), first["ctx"]["tag"]
+        text = f"{name}.kind: expected {tags}, got {tag!r}"
+    elif first["type"] == "extra_forbidden":
+        known = list(_follow(cls, first["loc"][:-1])[1].model_fields)
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+        text = f"{name}: unknown parameter of {cls.__name__}; {hint}"
+    else:
+        reason = first["msg"].removeprefix("Value error, ")
+        text = f"{name}: {reason[0].lower()}{reason[1:]}"
+        if not isinstance(first["input"], Mapping):  # a whole model says nothing
+            text += f", got {first['input']!r}"
     return " ".join(text.split()) + (f" (and {len(more)} more)" if more else "")
+
+
+def _follow(
+    cls: type[pydantic.BaseModel], loc: tuple[int | str, ...]
+) -> tuple[list[str], type[pydantic.BaseModel]]:
+    """Walk along a path of pydantic's; return the names in it, and the innermost model.
+
+    Where a field is one of several models, pydantic puts the choice into the path: no name.
+    """
+    names: list[str] = []
+    model, choices = cls, dict[str, type[pydantic.BaseModel]]()
+    for part in loc:
+        if part in choices:
+            model, choices = choices[part], {}
+            continue
+        names.append(str(part))
+        if part in model.model_fields:
+            choices = dict(_models(model.model_fields[str(part)].annotation))
+            model = choices.pop("", model)
+    return names, model
+
+
+def _models(annotation: Any, tag: str = "") -> Iterator[tuple[str, type[pydantic.BaseModel]]]:
+    """Yield the models that a type is made of, with the tags that tell them apart."""
+    parts = get_args(annotation)
+    tag = next((part.tag for part in parts if isinstance(part, pydantic.Tag)), tag)
+    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+        yield tag, annotation
+    for part in parts:
+        yield from _models(part, tag)
 
 # %% ../nbs/00_core.ipynb #056e3051
 def environment() -> dict[str, Any]:

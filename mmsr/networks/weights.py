@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import pydantic
 import torch
-from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticSerializationError
+from pydantic_core import PydanticSerializationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 
@@ -53,12 +53,12 @@ def _settings_of(networks: Mapping[str, Any], value: Any) -> Settings:
         kind = str(value.get("kind", first))
     else:
         kind = getattr(value, "kind", first)
-    if kind in networks:
-        return networks[kind].settings_class.model_validate(value)
-    text = "expected " + " or ".join(map(repr, networks))
-    text = f"is called {_RENAMED[kind]!r} now" if kind in _RENAMED else text
-    error = InitErrorDetails(type=PydanticCustomError("kind", text), loc=("kind",), input=kind)
-    raise pydantic.ValidationError.from_exception_data("settings", [error])
+    if kind in _RENAMED:
+        raise SettingsError(f"kind: {kind!r} is called {_RENAMED[kind]!r} now")
+    if kind not in networks:
+        known = " or ".join(map(repr, networks))
+        raise SettingsError(f"kind: expected {known}, got {kind!r}")
+    return networks[kind].settings_class.read(value)
 
 
 AnyG1 = Annotated[Any, pydantic.BeforeValidator(partial(_settings_of, GENERATORS))]

@@ -22,6 +22,7 @@ from mmsr.networks.weights import (
     load_generator,
     save_generator,
 )
+from mmsr.training.sr_cyclegan import cyclegan_settings
 
 SMALL = G1Settings(channels=8, blocks=1, norm="none", head_kernel=3, last_kernel=3)
 
@@ -274,8 +275,15 @@ def test_a_record_that_json_cannot_hold(tmp_path: Path) -> None:
     assert load_generator(path)[1].measures == {"PSNR": None}
 
 
-def test_a_file_from_before_there_were_kinds(good: Path) -> None:
+def test_files_from_before_there_were_kinds_and_when_they_had_other_names(good: Path) -> None:
     record = record_of(SMALL).model_dump(mode="json")
-    del record["g1"]["kind"]
-    good.write_bytes(with_record(tensors_of(build_g1(SMALL)), record))
-    assert load_generator(good)[1].g1 == SMALL
+    for kind in ({}, {"kind": "pixel shuffle"}, {"kind": "pixel_shuffle"}):
+        older = {name: value for name, value in record["g1"].items() if name != "kind"} | kind
+        good.write_bytes(with_record(tensors_of(build_g1(SMALL)), {**record, "g1": older}))
+        assert load_generator(good)[1].g1 == SMALL
+
+
+def test_settings_refuse_the_old_names_and_give_the_new_ones() -> None:
+    for name, old, new in (("g1", "pixel shuffle", "pixel_shuffle"), ("g2", "light", "strided")):
+        with pytest.raises(SettingsError, match=f"{name}: kind: '{old}' is called '{new}' now"):
+            cyclegan_settings(changes={name: {"kind": old}})
