@@ -364,25 +364,20 @@ def steps_of(*stages: Stage) -> list[Step]:
 
 
 _KNOWN: dict[type, Callable[[Any], list[Step]]] = {
-    nn.Sequential: lambda layer: steps_of(*layer),
-    ResidualBlock: lambda layer: [_residual(layer)],
-    UpBlock: lambda layer: [
-        *steps_of(layer.conv, layer.norm, layer.activation),
-        *([shuffled(2)] if layer.shuffled else []),
-    ],
-    UpConvolution: lambda layer: [
-        *(_transposed(layer.conv), *steps_of(layer.norm), _pointwise(F.relu)),
-    ],
-    DownBlock: lambda layer: [*steps_of(layer.conv, layer.norm), _pointwise(F.relu)],
-    FoldedConvolution: lambda layer: [_convolved(layer), shuffled(2)],
-    Convolution: lambda layer: [_convolved(layer)],
-    LastConvolution: lambda layer: [_convolved(layer)],
-    nn.PixelShuffle: lambda layer: [shuffled(layer.upscale_factor)],
-    InstanceNorm: lambda layer: [_normalised],
-    nn.Identity: lambda layer: [],
+    nn.Sequential: lambda m: steps_of(*m),
+    ResidualBlock: lambda m: [_residual(m)],
+    UpBlock: lambda m: [*steps_of(m.conv, m.norm, m.activation), *[shuffled(2)] * m.shuffled],
+    UpConvolution: lambda m: [_transposed(m.conv), *steps_of(m.norm), _pointwise(F.relu)],
+    DownBlock: lambda m: [*steps_of(m.conv, m.norm), _pointwise(F.relu)],
+    FoldedConvolution: lambda m: [_convolved(m), shuffled(2)],
+    Convolution: lambda m: [_convolved(m)],
+    LastConvolution: lambda m: [_convolved(m)],
+    nn.PixelShuffle: lambda m: [shuffled(m.upscale_factor)],
+    InstanceNorm: lambda _: [_normalised],
+    nn.Identity: lambda _: [],
     Enlarge: lambda stage: [enlarged(stage.factor)] if stage.factor > 1 else [],
     PadTo: lambda stage: [mirror_pad_to(stage.multiple)],
     CropTo: lambda stage: [crop(stage.factor)],
     AddNoise: lambda stage: [_noisy(stage)],
-    Hold: lambda stage: [materialise],
+    Hold: lambda _: [materialise],
 }

@@ -393,17 +393,9 @@ class ResnetGenerator(G1):
         """List what `forward` does, of a G1."""
         if self.settings.octaves < 0:
             return None
-        factor = self.settings.enlarged
-        body: list[Stage] = [
-            self.head,
-            self.down,
-            self.blocks,
-            self.up,
-            CropTo(factor),
-            self.tail,
-            self.last,
-        ]
-        return [Enlarge(factor), PadTo(4), *body, nn.Tanh()]
+        factor, inner = self.settings.enlarged, [self.head, self.down, self.blocks, self.up]
+        ending = [self.tail, self.last, nn.Tanh()]
+        return [Enlarge(factor), PadTo(4), *inner, CropTo(factor), *ending]
 
 # %% ../../nbs/2_networks/02_generators.ipynb #c4c517b0
 class DownsamplingGenerator(Network):

@@ -58,7 +58,11 @@ def _settings_of(networks: Mapping[str, Any], value: Any) -> Settings:
     if kind not in networks:
         known = " or ".join(map(repr, networks))
         raise SettingsError(f"kind: expected {known}, got {kind!r}")
-    return networks[kind].settings_class.read(value)
+    settings_class = networks[kind].settings_class
+    try:
+        return settings_class.read(value)
+    except SettingsError as e:  # the field's name will stand in front of it
+        raise SettingsError(str(e).removeprefix(f"{settings_class.__name__}: ")) from None
 
 
 AnyG1 = Annotated[Any, pydantic.BeforeValidator(partial(_settings_of, GENERATORS))]
