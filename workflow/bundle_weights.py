@@ -7,9 +7,8 @@ its evaluation (held-out phantom cases, bicubic beside it) in the record.
 import sys
 from pathlib import Path
 
-from mmsr.evaluation.protocols import find_weights
-
 from mmsr.core import read_json
+from mmsr.evaluation.protocols import find_weights
 from mmsr.networks.weights import load_generator, save_generator
 
 run, model = Path(sys.argv[1]), sys.argv[2]

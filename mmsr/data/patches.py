@@ -25,7 +25,7 @@ from mmsr.core import (
     Settings,
     SettingsError,
     ShapeError,
-    _file_error,
+    disk_errors,
     fingerprint,
     read_json,
     seeded,
@@ -443,10 +443,8 @@ def write_bank(
                 "or pass overwrite=True"
             )
         return bank
-    try:
+    with disk_errors(folder):
         _write_files(folder, ordered, window, settings, records)
-    except OSError as e:
-        raise _file_error(folder, e) from e
     return open_bank(folder)
 
 # %% ../../nbs/1_data/06_patches.ipynb #78b46d83

@@ -241,8 +241,9 @@ def describe_models(models: Sequence[Model]) -> list[dict[str, Any]]:
     for model in models:
         record = model.facts["weights"]
         training, g1 = record["training"], record["g1"]
-        width = g1["latent"] if "latent" in g1 else g1["channels"]
-        network = f"{g1.get('kind', 'pixel shuffle')}, {width} x {g1['blocks']}"
+        network = g1.get("kind", "pixel_shuffle")
+        if "blocks" in g1:
+            network += f", {g1.get('latent', g1.get('channels'))} x {g1['blocks']}"
         rows.append(
             {
                 "label": model.label,
@@ -255,7 +256,7 @@ def describe_models(models: Sequence[Model]) -> list[dict[str, Any]]:
                 "input": "enlarged (R14b)" if g1.get("enlarged", 1) > 1 else "as it is",
                 "long skip": "yes (R19)" if g1.get("skip") else "no",
                 "noise": "yes" if g1.get("noise") else "no",
-                "norm": g1["norm"],
+                "norm": g1.get("norm", "-"),
                 "EMA": training.get("settings", {}).get("ema", 0.0),
                 "trained on": record["data"].split(":")[0],
             }

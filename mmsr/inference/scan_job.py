@@ -29,7 +29,8 @@ from mmsr.inference.super_resolve import (
     sr_volume,
     super_resolve_slices,
 )
-from ..networks.weights import G1Network, ModelCard
+from ..networks.generators import G1
+from ..networks.weights import ModelCard
 from mmsr.scans.resumable_output import (
     Output,
     is_finished,
@@ -119,9 +120,7 @@ def format_duration(seconds: float) -> str:
     return f"{seconds:.{0 if seconds >= 10 else 1}f} s"
 
 
-def _time_one_slice(
-    g1: G1Network, shape: tuple[int, int], record: ModelCard, options: SROptions
-) -> float:
+def _time_one_slice(g1: G1, shape: tuple[int, int], record: ModelCard, options: SROptions) -> float:
     """Measure the seconds that a slice takes, without writing: on the CPU, on a piece of one."""
     piece, batch = shape, options.batch
     assert isinstance(batch, int)
@@ -170,7 +169,7 @@ def _outputs(volume: Volume, scale: int, targets: ScanTargets) -> dict[str, Outp
 def plan_job(
     volume: Volume,
     targets: ScanTargets,
-    g1: G1Network,
+    g1: G1,
     record: ModelCard,
     options: SROptions,
 ) -> JobPlan:
@@ -200,7 +199,7 @@ def plan_job(
 
 
 def _check_room(
-    volume: Volume, targets: ScanTargets, g1: G1Network, options: SROptions
+    volume: Volume, targets: ScanTargets, g1: G1, options: SROptions
 ) -> tuple[int, int]:
     """Return bytes of memory and of disk that a job needs; refuse it if there are fewer."""
     outputs = _outputs(volume, g1.settings.scale, targets)
@@ -265,7 +264,7 @@ class ScanSummary(NamedTuple):
 def scan_is_finished(
     volume: Volume,
     targets: ScanTargets,
-    g1: G1Network,
+    g1: G1,
     record: ModelCard,
     options: SROptions,
     mask: np.ndarray | None = None,
@@ -292,7 +291,7 @@ def scan_is_finished(
 def super_resolve_scan(
     volume: Volume,
     targets: ScanTargets,
-    g1: G1Network,
+    g1: G1,
     record: ModelCard,
     options: SROptions | None = None,
     *,
@@ -310,7 +309,7 @@ def super_resolve_scan(
         Clinical CT in HU, best from `read_volume(..., lazy=True)`, which reads a slice when it is needed.
     targets : ScanTargets
         Where the results go. They have their names only when all slices are there.
-    g1 : SRGenerator, ResnetGenerator or UNITGenerator
+    g1 : G1
         The generator.
     record : ModelCard
         Its record.
@@ -385,7 +384,7 @@ def super_resolve_scan(
 
 def _job_key(
     volume: Volume,
-    g1: G1Network,
+    g1: G1,
     record: ModelCard,
     options: SROptions,
     mask: np.ndarray | None,

@@ -35,7 +35,8 @@ from ..data.volume import Volume, sr_geometry
 from ..data.windows import AIR_LEVEL, Window
 from .memory import BATCHES_IN_FLIGHT, choose_batch, choose_tile, memory_needed
 from .tiling import sr_slice
-from ..networks.weights import G1Network, ModelCard
+from ..networks.generators import G1
+from ..networks.weights import ModelCard
 from ..scans.resumable_output import QUEUE
 from ..training.distributed import deterministic_fp32
 
@@ -140,12 +141,12 @@ class SROptions(Settings):
             raise ValueError("expected 1 or more")
         return value
 
-    def resolved(self, g1: G1Network, shape: Sequence[int]) -> Self:
+    def resolved(self, g1: G1, shape: Sequence[int]) -> Self:
         """Put numbers where "auto" stands; choosing a tile takes a second or two, so do it once.
 
         Parameters
         ----------
-        g1 : SRGenerator, ResnetGenerator or UNITGenerator
+        g1 : G1
             The generator.
         shape : sequence of int
             Of the scan, or height and width of a clinical slice.
@@ -193,7 +194,7 @@ class SRSlice(NamedTuple):
 class _SliceModel(NamedTuple):
     """What is the same for all slices of a scan."""
 
-    g1: G1Network
+    g1: G1
     window: Window
     options: SROptions
 
@@ -204,7 +205,9 @@ class _SliceModel(NamedTuple):
             sr = _bicubic(hu, scale)  # nothing for the network to do
         else:
             x = ((hu - window.air) * window.gain + AIR_LEVEL).clamp_(-1, 1)
-            sr = sr_slice(self.g1, x, tile=self.options.tile, precision=self.options.precision)
+            tile = self.options.tile
+            assert not isinstance(tile, str)  # "auto" was resolved
+            sr = sr_slice(self.g1, x, tile=tile, precision=self.options.precision)
             sr.sub_(AIR_LEVEL).div_(window.gain).add_(window.air)
             excess = hu - hu.clamp(window.low, window.high)
             if excess.any():
@@ -294,7 +297,7 @@ def _ahead(
             yield waiting.popleft().result()
 
 
-def check_scan(volume: Volume, g1: G1Network, record: ModelCard, mask: np.ndarray | None) -> None:
+def check_scan(volume: Volume, g1: G1, record: ModelCard, mask: np.ndarray | None) -> None:
     """Refuse a scan, a mask and a generator that do not go together.
 
     Parameters
@@ -306,10 +309,10 @@ def check_scan(volume: Volume, g1: G1Network, record: ModelCard, mask: np.ndarra
     ------
     SettingsError, ShapeError
     """
-    if min(volume.array.shape[1:]) < g1.least:
+    if min(volume.array.shape[1:]) < g1.min_size:
         height, width = volume.array.shape[1:]
         raise ShapeError(
-            f"volume: expected slices of at least {g1.least} x {g1.least} pixels for this generator, "
+            f"volume: expected slices of at least {g1.min_size} x {g1.min_size} pixels for this generator, "
             f"got {width} x {height}"
         )
     unit = Window.from_dict(record.clinical_window).unit
@@ -327,7 +330,7 @@ def check_scan(volume: Volume, g1: G1Network, record: ModelCard, mask: np.ndarra
 def super_resolve_slices(
     volume: Volume,
     places: Sequence[int],
-    g1: G1Network,
+    g1: G1,
     record: ModelCard,
     options: SROptions,
     mask: np.ndarray | None = None,
@@ -340,7 +343,7 @@ def super_resolve_slices(
         Clinical CT in HU; its slices are read as they are needed.
     places : sequence of int
         Which slices, in the order wanted.
-    g1 : SRGenerator, ResnetGenerator or UNITGenerator
+    g1 : G1
         The generator; it is moved to the device and set to evaluation.
     record : ModelCard
         Its record, which holds the intensity window.
@@ -469,7 +472,7 @@ def sr_volume(volume: Volume, array: np.ndarray, scale: int) -> Volume:
 
 def super_resolve(
     volume: Volume,
-    g1: G1Network,
+    g1: G1,
     record: ModelCard,
     options: SROptions | None = None,
     *,
@@ -529,7 +532,7 @@ def super_resolve(
     )
 
 
-def _memory_of(g1: G1Network, shape: Sequence[int], options: SROptions, in_memory: bool) -> int:
+def _memory_of(g1: G1, shape: Sequence[int], options: SROptions, in_memory: bool) -> int:
     """Estimate the memory that a job takes beside its input."""
     scale, (slices, height, width) = g1.settings.scale, shape
     options = options.resolved(g1, shape)
@@ -550,14 +553,12 @@ def _memory_of(g1: G1Network, shape: Sequence[int], options: SROptions, in_memor
     return result + network + (6 if options.uncertainty else 2) * 4 * fine * batch
 
 
-def check_memory(
-    g1: G1Network, shape: Sequence[int], options: SROptions, *, in_memory: bool
-) -> int:
+def check_memory(g1: G1, shape: Sequence[int], options: SROptions, *, in_memory: bool) -> int:
     """Refuse a job that memory cannot hold, and say how large a job it can.
 
     Parameters
     ----------
-    g1 : SRGenerator, ResnetGenerator or UNITGenerator
+    g1 : G1
         The generator.
     shape : sequence of int
         Slices, height and width of the clinical volume.

@@ -32,7 +32,8 @@ from mmsr.core import (
 )
 from ..data.batches import PatchLoader, UnpairedBatches
 from ..data.patches import PatchBank
-from ..networks.weights import G1Network, ModelCard, load_generator, save_generator
+from ..networks.generators import G1
+from ..networks.weights import ModelCard, load_generator, save_generator
 from .distributed import all_reduce_mean, on_rank_zero
 from mmsr.training.health import (
     HealthError,
@@ -113,7 +114,9 @@ class TrainingFeed:
         check_banks(x_bank, y_bank, self.scale)
         sides = {"_x": y_side if enlarged else x_side, "_y": y_side}
         seeing = [(name, sides.get(name[-2:]), net) for name, net in networks._asdict().items()]
-        sizes = {n: (side, net.least) for n, side, net in seeing if side and hasattr(net, "least")}
+        sizes = {
+            n: (side, net.min_size) for n, side, net in seeing if side and hasattr(net, "min_size")
+        }
         check_sizes({**sizes, "mmsr.ssim_window": (x_side, (settings.mmsr.ssim_window or (1,))[0])})
         batches = UnpairedBatches(
             x_bank, y_bank, settings.batch_size, settings.seed, settings.augment, self.scale,
@@ -223,7 +226,7 @@ class TrainedRun(NamedTuple):
     """What a training leaves."""
 
     networks: Any  # the named tuple of the system's networks
-    g1: G1Network  # the one that was saved
+    g1: G1  # the one that was saved
     step: int
     finished: bool
     weights: Path
@@ -447,7 +450,7 @@ class TrainingRun(OpenRun):
         on_rank_zero(self.fabric, lambda: save_checkpoint(self.files.checkpoints, self.step, state))
 
 # %% ../../nbs/4_training/06_run.ipynb #60c470d8
-def finish(run: TrainingRun, networks: Any, g1: G1Network) -> TrainedRun:
+def finish(run: TrainingRun, networks: Any, g1: G1) -> TrainedRun:
     """Write the weights file of a run, unless that of this very step is there."""
     if run.settings.enlarged_input:
         g1 = with_input_enlargement(g1, run.feed.scale)
@@ -464,7 +467,7 @@ def finish(run: TrainingRun, networks: Any, g1: G1Network) -> TrainedRun:
     return TrainedRun(networks, g1, run.step, run.finished, run.files.weights)
 
 
-def model_card(run: TrainingRun, g1: G1Network) -> ModelCard:
+def model_card(run: TrainingRun, g1: G1) -> ModelCard:
     """Write down what a generator was trained on, and how."""
     x_bank, y_bank = run.feed.banks
     cases = "; ".join(

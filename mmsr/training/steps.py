@@ -22,7 +22,7 @@ from torch.optim import Adam
 
 from ..core import FileError, seeded
 from ..losses.mmsr import MMSRTerms
-from ..networks.weights import G1Network
+from ..networks.generators import G1
 from .distributed import average_gradients, sharded_normal, step_generator
 from .settings import LoopSettings
 
@@ -226,7 +226,7 @@ def enlarge_input(x: Tensor, scale: int) -> Tensor:
     return F.interpolate(x, scale_factor=scale, mode="bicubic")
 
 
-def with_input_enlargement(g1: G1Network, scale: int) -> G1Network:
+def with_input_enlargement(g1: G1, scale: int) -> G1:
     """Copy a generator that keeps the size into one that enlarges first (R14)."""
     copied = copy.deepcopy(g1)
     settings = type(g1.settings).read({**g1.settings.model_dump(), "enlarged": scale})

@@ -19,9 +19,9 @@ import nbformat
 import numpy as np
 import pytest
 import yaml
-from mmsr.app.plan import check_plan
 
 from mmsr.app import cli
+from mmsr.app.plan import check_plan
 from mmsr.app.run_notebook import run_experiment
 from mmsr.app.train import TrainSettings, launch_training, method_settings, run_training
 from mmsr.core import FileError, MMSRError, ResourceError, SettingsError, ShapeError, read_json

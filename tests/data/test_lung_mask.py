@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mmsr.data.windows import micro_window
 from peak import PEAK_BYTES
 
 from mmsr.core import FileError, GeometryError, RangeError
 from mmsr.data.masks import lung_mask, specimen_mask
 from mmsr.data.volume import Volume
+from mmsr.data.windows import micro_window
 from mmsr.scans.read import read_mask, read_volume
 from mmsr.scans.write import write_volume
 

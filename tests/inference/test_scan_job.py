@@ -28,8 +28,8 @@ from mmsr.inference.scan_job import (
     super_resolve_scan,
 )
 from mmsr.inference.super_resolve import SROptions, super_resolve
-from mmsr.networks.generators import G1Settings, SRGenerator, build_g1
-from mmsr.networks.weights import ModelCard, load_generator, save_generator
+from mmsr.networks.generators import G1Settings, SRGenerator
+from mmsr.networks.weights import ModelCard, build_g1, load_generator, save_generator
 from mmsr.scans.read import read_volume
 from mmsr.scans.resumable_output import unfinished
 from mmsr.scans.write import write_volume

@@ -17,8 +17,8 @@ from mmsr.inference.super_resolve import (
     super_resolve,
     super_resolve_slices,
 )
-from mmsr.networks.generators import G1Settings, SRGenerator, build_g1
-from mmsr.networks.weights import ModelCard
+from mmsr.networks.generators import G1Settings, SRGenerator
+from mmsr.networks.weights import ModelCard, build_g1
 
 
 def tiny(norm: str = "none", skip: bool = True) -> SRGenerator:

@@ -48,8 +48,8 @@ for name, settings in SYSTEMS.items():
     assert abs(gap) < 1e-3, gap  # it is in the total, with its weight
     curves = EventAccumulator(str(place / "run")).Reload()
     assert len(curves.Scalars("mean_grey")) == 3
-    panel = next(ax for ax in training_curves(place / "run/history.csv", title=f"phantom: {name}").axes
-                 if ax.get_title().startswith("MMSR terms"))
+    axes = training_curves(place / "run/history.csv", title=f"phantom: {name}").axes
+    panel = next(ax for ax in axes if ax.get_title().startswith("MMSR terms"))
     assert "mean_grey" in str([text.get_text() for text in panel.get_legend().get_texts()])
 """
 

@@ -18,7 +18,6 @@ import SimpleITK as sitk
 import tifffile
 from dicom_maker import change, chest, in_order, refused, series
 from matplotlib.text import Text
-from mmsr.scans.slices import padding_values
 from peak import PEAK_BYTES
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
@@ -33,6 +32,7 @@ from mmsr.core import (
 from mmsr.data.volume import Volume
 from mmsr.scans.read import read_volume
 from mmsr.scans.scan_summary import info_picture, info_text, scan_info
+from mmsr.scans.slices import padding_values
 from mmsr.scans.write import WRITABLE, write_volume
 
 FILES = (".mha", ".nii", ".nii.gz", ".nrrd")
