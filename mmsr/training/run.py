@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_OPTIONS', 'Loop', 'check_banks', 'check_sizes', 'TrainingFeed', 'place_networks', 'RunOptions', 'TrainedRun',
-           'Step', 'run_to_end', 'OpenRun', 'TrainingRun', 'finish', 'model_card']
+           'Step', 'run_to_end', 'open_history', 'OpenRun', 'TrainingRun', 'finish', 'model_card']
 
 # %% ../../nbs/4_training/06_run.ipynb #e83b92da
 import shutil
@@ -224,6 +224,22 @@ def _sigterm(asked: list[str]) -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, before)
 
+# %% ../../nbs/4_training/06_run.ipynb #358149a3
+def open_history(path: Path, columns: Sequence[str], step: int) -> list[dict[str, float]]:
+    """Return the rows of a history up to a step, and leave no others in the file."""
+    rows = []
+    if path.exists():
+        table = read_history(path)
+        if list(table) != (expected := ["step", *columns]):
+            raise FileError(
+                f"{path.name}: expected the columns {','.join(expected)}, got "
+                f"{','.join(table)[:80]}; use another run folder"
+            )
+        rows = [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
+    rows = [row for row in rows if row["step"] <= step]
+    write_history(path, columns, rows)
+    return rows
+
 # %% ../../nbs/4_training/06_run.ipynb #079d8f06
 class OpenRun:
     """A run folder that is locked, with a training put back to where it was."""
@@ -257,7 +273,8 @@ class OpenRun:
                 check_same_run(self.folder, latest.get("config", {}), self.config)
                 load_state(self.state, latest, f"{self.folder}/checkpoints/{found}")
                 self.step = latest["step"]
-            self.rows = on_rank_zero(self.fabric, self._open_history)
+            history, columns = self.files.history, self.meter.columns
+            self.rows = on_rank_zero(self.fabric, lambda: open_history(history, columns, self.step))
             first = self.fabric.is_global_zero
             self.curves = TensorBoardLog(self.files.curves, self.step) if first else None
             if self.curves:
@@ -288,20 +305,13 @@ class OpenRun:
         latest = latest_checkpoint(self.files.checkpoints)
         return f"step-{latest['step']:09d}.pt" if latest else ""
 
-    def _open_history(self) -> list[dict[str, float]]:
-        """Return the rows up to this step, and leave no others in the file."""
-        rows, columns = [], self.meter.columns
-        if self.files.history.exists():
-            table = read_history(self.files.history)
-            if list(table) != (expected := ["step", *columns]):
-                raise FileError(
-                    f"{self.files.history.name}: expected the columns {','.join(expected)}, got "
-                    f"{','.join(table)[:80]}; use another run folder"
-                )
-            rows = [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
-        rows = [row for row in rows if row["step"] <= self.step]
-        write_history(self.files.history, columns, rows)
-        return rows
+    def save(self) -> None:
+        """Write a checkpoint, unless a weight is no number."""
+        networks = {name: p for name, p in self.state.items() if isinstance(p, nn.Module)}
+        check_finite_weights(networks, self.step)
+        state = {name: part.state_dict() for name, part in self.state.items()}
+        state["config"] = self.config
+        on_rank_zero(self.fabric, lambda: save_checkpoint(self.files.checkpoints, self.step, state))
 
 # %% ../../nbs/4_training/06_run.ipynb #7d8ec936
 class TrainingRun(OpenRun):
@@ -337,7 +347,7 @@ class TrainingRun(OpenRun):
                 late = bool(self.asked) or (limit is not None and time.monotonic() - start > limit)
                 asked, late = fabric.broadcast((self.asked, late))
             if save_due or late:
-                self._save()
+                self.save()
             if asked:
                 raise ResourceError(
                     f"step {self.step}: the run was told to end ({asked[0]}) and is saved; "
@@ -374,13 +384,6 @@ class TrainingRun(OpenRun):
             temporary.write_bytes(png)
         if self.curves:
             self.curves.picture(self.step, "preview", png)
-
-    def _save(self) -> None:
-        networks = {name: p for name, p in self.state.items() if isinstance(p, nn.Module)}
-        check_finite_weights(networks, self.step)
-        state = {name: part.state_dict() for name, part in self.state.items()}
-        state["config"] = self.config
-        on_rank_zero(self.fabric, lambda: save_checkpoint(self.files.checkpoints, self.step, state))
 
 # %% ../../nbs/4_training/06_run.ipynb #60c470d8
 def finish(run: TrainingRun, networks: Any, g1: G1) -> TrainedRun:
