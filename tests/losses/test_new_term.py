@@ -50,7 +50,7 @@ for name, settings in SYSTEMS.items():
     assert len(curves.Scalars("mean_grey")) == 3
     axes = training_curves(place / "run/history.csv", title=f"phantom: {name}").axes
     panel = next(ax for ax in axes if ax.get_title().startswith("MMSR terms"))
-    assert "mean_grey" in str([text.get_text() for text in panel.get_legend().get_texts()])
+    assert "mean grey" in str([text.get_text() for text in panel.get_legend().get_texts()])
 """
 
 
