@@ -68,8 +68,8 @@ def _check_method(settings: Method, prepare: PrepareSettings, devices: int) -> N
     window, large = (settings.mmsr.ssim_window or (1,))[0], scale * side
     check_sizes(
         {
-            "d_x": (large if settings.enlarged_input else side, d_x.least),
-            "d_y": (large, d_y.least),
+            "d_x": (large if settings.enlarged_input else side, d_x.min_size),
+            "d_y": (large, d_y.min_size),
             "mmsr.ssim_window": (side, window),
         }
     )

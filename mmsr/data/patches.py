@@ -362,7 +362,7 @@ def _difference(old: BankInfo, wanted: dict[str, Any]) -> str:
     pairs.append(("number of cases", len(old.cases), len(wanted["cases"])))
     return next((f"{n} {was} there, {new} wanted" for n, was, new in pairs if was != new), "")
 
-
+# %% ../../nbs/1_data/06_patches.ipynb #de0f9923
 def write_bank(
     folder: str | Path,
     cases: Sequence[PatchCase],

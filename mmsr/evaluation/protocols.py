@@ -219,7 +219,9 @@ def describe_models(models: Sequence[Model]) -> list[dict[str, Any]]:
     for model in models:
         card = model.facts["weights"]
         training, g1 = card["training"], card["g1"]
-        width = g1["latent"] if "latent" in g1 else g1["channels"]
+        network = g1.get("kind", "pixel_shuffle")
+        if "blocks" in g1:
+            network += f", {g1.get('latent', g1.get('channels'))} x {g1['blocks']}"
         rows.append(
             {
                 "label": model.label,
@@ -228,11 +230,11 @@ def describe_models(models: Sequence[Model]) -> list[dict[str, Any]]:
                 "pairs a step": training["batch_size"],
                 "hardware": training["device"],
                 "precision": training.get("precision", "32-true"),
-                "G1, channels x blocks": f"{g1.get('kind', 'pixel shuffle')}, {width} x {g1['blocks']}",
+                "G1, channels x blocks": network,
                 "input": "enlarged (R14b)" if g1.get("enlarged", 1) > 1 else "as it is",
                 "long skip": "yes (R19)" if g1.get("skip") else "no",
                 "noise": "yes" if g1.get("noise") else "no",
-                "norm": g1["norm"],
+                "norm": g1.get("norm", "-"),
                 "EMA": training.get("settings", {}).get("ema", 0.0),
                 "trained on": card["data"].split(":")[0],
             }

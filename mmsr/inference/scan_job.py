@@ -31,7 +31,8 @@ from mmsr.inference.sr_slices import (
     super_resolve_slices,
 )
 from .super_resolve import check_memory, sr_outputs
-from ..networks.weights import G1Network, ModelCard
+from ..networks.generators import G1
+from ..networks.weights import ModelCard
 from ..scans.output_plan import Output, OutputPlan, is_finished, plan_outputs, unfinished
 from ..scans.resumable_output import QUEUE, open_resumable_output
 from ..scans.write import disk_needed, free_space
@@ -60,7 +61,7 @@ class ScanJob(NamedTuple):
 
     volume: Volume
     mask: np.ndarray | None
-    g1: G1Network
+    g1: G1
     card: ModelCard
     options: SROptions  # with numbers where "auto" stood
     output: OutputPlan
@@ -85,7 +86,7 @@ class ScanJob(NamedTuple):
 
 # %% ../../nbs/6_inference/05_scan_job.ipynb #4eca7cfb
 def _job_key(
-    volume: Volume, g1: G1Network, card: ModelCard, options: SROptions, mask: np.ndarray | None
+    volume: Volume, g1: G1, card: ModelCard, options: SROptions, mask: np.ndarray | None
 ) -> dict[str, object]:
     """Collect what decides the result: two calls that agree in it may share their slices."""
     known = getattr(volume.array, "fingerprint", "")  # a lazy scan has been read once already
@@ -139,7 +140,7 @@ def _check_disk(output: OutputPlan) -> int:
 def plan_scan(
     volume: Volume,
     targets: ScanTargets,
-    g1: G1Network,
+    g1: G1,
     card: ModelCard,
     options: SROptions | None = None,
     *,
@@ -215,7 +216,7 @@ def run_scan(
 def super_resolve_scan(
     volume: Volume,
     targets: ScanTargets,
-    g1: G1Network,
+    g1: G1,
     card: ModelCard,
     options: SROptions | None = None,
     *,

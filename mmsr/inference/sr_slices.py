@@ -33,7 +33,8 @@ from ..data.volume import Volume
 from ..data.windows import AIR_LEVEL, Window
 from .memory import BATCHES_IN_FLIGHT, choose_batch, choose_tile
 from .tiling import sr_slice
-from ..networks.weights import G1Network, ModelCard
+from ..networks.generators import G1
+from ..networks.weights import ModelCard
 from ..training.distributed import deterministic_fp32
 
 # %% ../../nbs/6_inference/03b_sr_slices.ipynb #70e3d0a8
@@ -126,7 +127,7 @@ class SROptions(Settings):
             raise ValueError("expected 1 or more")
         return value
 
-    def resolved(self, g1: G1Network, shape: Sequence[int]) -> Self:
+    def resolved(self, g1: G1, shape: Sequence[int]) -> Self:
         """Put numbers where "auto" stands, for slices of `shape` (…, h, w); it takes a second."""
         size, batch, tile = (shape[-2], shape[-1]), self.batch, self.tile
         if batch == "auto":
@@ -216,7 +217,7 @@ def summarise(facts: Sequence[dict[str, float]]) -> ScanSummary:
 class _SliceModel(NamedTuple):
     """What is the same for all slices of a scan."""
 
-    g1: G1Network
+    g1: G1
     window: Window
     options: SROptions
     device: torch.device
@@ -228,7 +229,9 @@ class _SliceModel(NamedTuple):
             sr = _bicubic(hu, scale)  # nothing for the network to do
         else:
             x = ((hu - window.air) * window.gain + AIR_LEVEL).clamp_(-1, 1)
-            sr = sr_slice(self.g1, x, tile=self.options.tile, precision=self.options.precision)
+            tile = self.options.tile
+            assert not isinstance(tile, str)  # "auto" was resolved
+            sr = sr_slice(self.g1, x, tile=tile, precision=self.options.precision)
             sr = window.from_unit(sr)
             excess = hu - hu.clamp(window.low, window.high)
             if excess.any():
@@ -348,12 +351,12 @@ def _ahead(make: Callable[[Any], Any], items: Iterable[Any], threads: int = 1) -
             yield waiting.popleft().result()
 
 # %% ../../nbs/6_inference/03b_sr_slices.ipynb #1f1cdbe7
-def check_scan(volume: Volume, g1: G1Network, card: ModelCard, mask: np.ndarray | None) -> None:
+def check_scan(volume: Volume, g1: G1, card: ModelCard, mask: np.ndarray | None) -> None:
     """Refuse a scan, a mask and a generator that do not go together."""
     height, width = volume.array.shape[1:]
-    if min(height, width) < g1.least:
+    if min(height, width) < g1.min_size:
         raise ShapeError(
-            f"volume: expected slices of at least {g1.least} x {g1.least} pixels for this generator, "
+            f"volume: expected slices of at least {g1.min_size} x {g1.min_size} pixels for this generator, "
             f"got {width} x {height}"
         )
     unit = Window.from_dict(card.clinical_window).unit
@@ -371,7 +374,7 @@ def check_scan(volume: Volume, g1: G1Network, card: ModelCard, mask: np.ndarray 
 def super_resolve_slices(
     volume: Volume,
     slices: Sequence[int],
-    g1: G1Network,
+    g1: G1,
     card: ModelCard,
     options: SROptions,
     mask: np.ndarray | None = None,

@@ -22,13 +22,12 @@ from mmsr.inference.sr_slices import (
     summarise,
     super_resolve_slices,
 )
-from ..networks.weights import G1Network, ModelCard
+from ..networks.generators import G1
+from ..networks.weights import ModelCard
 from ..scans.output_plan import placeholder
 
 # %% ../../nbs/6_inference/04_super_resolve.ipynb #4c8de243
-def check_memory(
-    g1: G1Network, shape: Sequence[int], options: SROptions, kept: int | None = None
-) -> int:
+def check_memory(g1: G1, shape: Sequence[int], options: SROptions, kept: int | None = None) -> int:
     """Return the bytes that a job on slices (z, h, w) takes; refuse it if there are not as many.
 
     `kept` slices are held at once, by default all. Of a GPU, its own memory is not counted.
@@ -96,7 +95,7 @@ def sr_outputs(volume: Volume, scale: int) -> dict[str, Volume]:
 
 def super_resolve(
     volume: Volume,
-    g1: G1Network,
+    g1: G1,
     card: ModelCard,
     options: SROptions | None = None,
     *,

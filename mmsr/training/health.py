@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['HealthMetrics', 'health_metrics', 'hu_per_unit', 'DivergenceError', 'HealthError', 'check_finite',
-           'check_finite_weights', 'diagnose', 'preview_patches', 'preview_rows', 'preview_picture']
+           'check_finite_weights', 'diagnose', 'check_health', 'preview_patches', 'preview_rows', 'preview_picture']
 
 # %% ../../nbs/4_training/05_health.ipynb #516855b0
 import io
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from ..core import MMSRError
 from ..data.patches import PatchBank
 from ..data.windows import Window
-from .settings import HealthSettings
+from .settings import HealthSettings, LoopSettings
 
 # %% ../../nbs/4_training/05_health.ipynb #dd100526
 class HealthMetrics(NamedTuple):
@@ -133,6 +134,24 @@ def diagnose(rows: Sequence[Mapping[str, float]], settings: HealthSettings, anat
             "windows, or raise mmsr.down"
         )
     return ""
+
+# %% ../../nbs/4_training/05_health.ipynb #e20586c8
+def check_health(rows: Sequence[Mapping[str, float]], settings: LoopSettings, warned: str) -> str:
+    """Stop a run that is lost, or warn; return the warning, which is not said twice in a row.
+
+    A run whose objective asks for no anatomy is a baseline (R14): it is never stopped.
+    """
+    anatomy, health, step = settings.mmsr.ties_anatomy, settings.health, rows[-1]["step"]
+    verdict = diagnose(rows, health, anatomy)
+    if verdict and anatomy and health.verdict == "stop":
+        raise HealthError(
+            f"step {step:.0f}: {verdict}; the last checkpoint is kept, health.verdict=warn goes on "
+            "from it"
+        )
+    gist = verdict.split("(")[0]
+    if verdict and gist != warned:
+        warnings.warn(f"step {step:.0f}: {verdict}", stacklevel=4)
+    return gist or warned
 
 # %% ../../nbs/4_training/05_health.ipynb #9e284eba
 def preview_patches(bank: PatchBank, n: int = 4) -> Tensor:

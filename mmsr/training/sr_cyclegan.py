@@ -27,17 +27,14 @@ from mmsr.losses.mmsr import (
 )
 from ..networks.discriminators import PatchDiscriminator, build_discriminator
 from mmsr.networks.generators import (
-    AnyG1,
-    AnyG2,
+    G1,
     DownsamplingGenerator,
     G1Settings,
     G2Settings,
     ResnetGenerator,
     ResnetSettings,
-    SRGenerator,
-    build_g1,
-    build_g2,
 )
+from ..networks.weights import AnyG1, AnyG2, build_g1, build_g2
 from .distributed import make_fabric
 from .health import HealthMetrics, health_metrics, preview_rows
 from mmsr.training.run import (
@@ -80,7 +77,7 @@ class SRCycleGANSettings(LoopSettings):
 
     Parameters
     ----------
-    g1, g2 : G1Settings or ResnetSettings, G2Settings or ResnetSettings
+    g1, g2 : AnyG1, AnyG2
         The generators X → Y and Y → X; their scales agree.
     identity_x, identity_y : float
         Weights of G2(g(x)) ≈ x and f(G1(y)) ≈ y (R5).
@@ -166,7 +163,7 @@ def cyclegan_settings(
 class Networks(NamedTuple):
     """The four networks, in the paper's names."""
 
-    g1: SRGenerator | ResnetGenerator
+    g1: G1
     g2: DownsamplingGenerator | ResnetGenerator
     d_x: PatchDiscriminator
     d_y: PatchDiscriminator

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Network', 'Scores', 'ImagePool', 'learning_rate_factor', 'set_learning_rate', 'halving_factor', 'frozen',
            'split_scores', 'averaged_copy', 'update_average', 'adam', 'optimise', 'reduce_and_clip_gradients',
-           'StepNoise', 'DiscriminatorLosses', 'Gradients', 'columns_of', 'numbers_of', 'enlarge_input',
-           'with_input_enlargement']
+           'StepNoise', 'DiscriminatorLosses', 'Gradients', 'columns_of', 'numbers_of', 'Meter', 'shown_losses',
+           'enlarge_input', 'with_input_enlargement']
 
 # %% ../../nbs/4_training/04_steps.ipynb #4785cc99
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -22,8 +22,13 @@ from torch.optim import Adam
 
 from ..core import FileError, seeded
 from ..losses.mmsr import MMSRTerms
-from ..networks.weights import G1Network
-from .distributed import average_gradients, sharded_normal, step_generator
+from ..networks.generators import G1
+from mmsr.training.distributed import (
+    all_reduce_mean,
+    average_gradients,
+    sharded_normal,
+    step_generator,
+)
 from .settings import LoopSettings
 
 if TYPE_CHECKING:
@@ -220,13 +225,58 @@ def numbers_of(*results: tuple[Any, ...]) -> dict[str, Tensor]:
     flat = [v for value in values for v in (value if isinstance(value, tuple) else [value])]
     return dict(zip(columns_of(*map(type, results)), flat, strict=True))
 
+# %% ../../nbs/4_training/04_steps.ipynb #6feb87c4
+class Meter:
+    """Add up the numbers of steps on the device, and average them over steps and processes."""
+
+    def __init__(self, columns: Sequence[str], fabric: "Fabric") -> None:
+        self.columns, self.fabric, self.count = list(columns), fabric, 0
+        self.sums = torch.zeros(len(self.columns), dtype=torch.float64, device=fabric.device)
+
+    def add(self, numbers: Mapping[str, Tensor]) -> Tensor:
+        """Take in the numbers of a step; return them in the order of the columns."""
+        values = [numbers[name].detach().float() for name in self.columns]
+        newest = torch.stack(values).double()
+        self.sums, self.count = self.sums + newest, self.count + 1
+        return newest
+
+    def gather(self) -> dict[str, float]:
+        """Average over processes and steps, to the six digits of a history."""
+        self.sums = all_reduce_mean(self.fabric, self.sums)
+        means = [float(f"{value / self.count:.6g}") for value in self.sums.tolist()]
+        return dict(zip(self.columns, means, strict=True))
+
+    def reset(self) -> None:
+        """Begin anew, after a row."""
+        self.sums, self.count = torch.zeros_like(self.sums), 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {"sums": self.sums.cpu(), "count": self.count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state_dict` returned."""
+        self.sums = self.sums + state["sums"].to(self.sums.device).view_as(self.sums)
+        self.count = int(state["count"])
+
+# %% ../../nbs/4_training/04_steps.ipynb #1278104c
+def shown_losses(numbers: Mapping[str, float]) -> dict[str, str]:
+    """Write losses for the progress bar, those of both domains added up; no zeros."""
+    added: dict[str, float] = {}
+    for name, value in numbers.items():
+        pair = name.removesuffix("_x").removesuffix("_y")
+        pair = "discriminators" if pair == "d" else pair
+        if name not in ("total", *Gradients._fields, "correlation", "drift_hu", "spread_hu"):
+            added[pair] = added.get(pair, 0.0) + value
+    return {name: f"{value:.3g}" for name, value in added.items() if value}
+
 # %% ../../nbs/4_training/04_steps.ipynb #3118c73a
 def enlarge_input(x: Tensor, scale: int) -> Tensor:
     """Enlarge clinical patches [b 1 h w] smoothly to the size of µCT patches (R14)."""
     return F.interpolate(x, scale_factor=scale, mode="bicubic")
 
 
-def with_input_enlargement(g1: G1Network, scale: int) -> G1Network:
+def with_input_enlargement(g1: G1, scale: int) -> G1:
     """Copy a generator that keeps the size into one that enlarges first (R14)."""
     copied = copy.deepcopy(g1)
     settings = type(g1.settings).read({**g1.settings.model_dump(), "enlarged": scale})

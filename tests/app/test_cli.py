@@ -30,8 +30,8 @@ from mmsr.data.volume import Volume, block_mean
 from mmsr.data.windows import CLINICAL_WINDOW
 from mmsr.evaluation import figures, protocols
 from mmsr.inference import scan_job
-from mmsr.networks.generators import G1Settings, build_g1
-from mmsr.networks.weights import ModelCard, save_generator
+from mmsr.networks.generators import G1Settings
+from mmsr.networks.weights import ModelCard, build_g1, save_generator
 from mmsr.scans.read import read_volume
 from mmsr.scans.write import write_volume
 

@@ -17,8 +17,8 @@ from mmsr.core import seeded
 from mmsr.data.windows import CLINICAL_WINDOW
 from mmsr.evaluation.figures import overview
 from mmsr.inference.sr_slices import SROptions, super_resolve_slices
-from mmsr.networks.generators import G1Settings, build_g1
-from mmsr.networks.weights import ModelCard, load_generator, save_generator
+from mmsr.networks.generators import G1Settings
+from mmsr.networks.weights import ModelCard, build_g1, load_generator, save_generator
 from mmsr.scans.read import read_volume
 from mmsr.scans.scan_summary import info_picture, scan_info
 

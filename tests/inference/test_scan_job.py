@@ -27,8 +27,8 @@ from mmsr.inference.scan_job import (
 )
 from mmsr.inference.sr_slices import SROptions
 from mmsr.inference.super_resolve import super_resolve
-from mmsr.networks.generators import G1Settings, SRGenerator, build_g1
-from mmsr.networks.weights import ModelCard, load_generator, save_generator
+from mmsr.networks.generators import G1Settings, SRGenerator
+from mmsr.networks.weights import ModelCard, build_g1, load_generator, save_generator
 from mmsr.scans.output_plan import unfinished
 from mmsr.scans.read import read_volume
 from mmsr.scans.write import write_volume

@@ -12,8 +12,8 @@ from mmsr.data.volume import Volume, block_mean
 from mmsr.data.windows import CLINICAL_WINDOW
 from mmsr.inference.sr_slices import SROptions, _ahead, enlarge_bicubic, super_resolve_slices
 from mmsr.inference.super_resolve import super_resolve
-from mmsr.networks.generators import G1Settings, SRGenerator, build_g1
-from mmsr.networks.weights import ModelCard
+from mmsr.networks.generators import G1Settings, SRGenerator
+from mmsr.networks.weights import ModelCard, build_g1
 
 
 def tiny(norm: str = "none", skip: bool = True) -> SRGenerator:

@@ -12,13 +12,12 @@ import torch
 from peak import PEAK_BYTES
 
 from mmsr.core import MMSRError, RangeError
-from mmsr.inference import lazy_layers as lazy_maps
-from mmsr.inference import tiling
+from mmsr.inference import lazy_layers, tiling
 from mmsr.inference.memory import choose_batch, choose_tile, memory_needed
 from mmsr.inference.tiling import sr_slice, sr_tiles
 from mmsr.networks.generators import G1Settings, ResnetSettings
 from mmsr.networks.unit import UNITSettings
-from mmsr.networks.weights import build_generator, load_generator
+from mmsr.networks.weights import build_g1, load_generator
 
 NORMS = ("none", "channel", "instance")
 ARCHITECTURES: dict[str, tuple[type, dict]] = {
@@ -58,7 +57,7 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let tiles be as small as asked for."""
-    monkeypatch.setattr(tiling, "LEAST", 1)
+    monkeypatch.setattr(tiling, "MIN_TILE", 1)
 
 
 def slices(*shape: int, seed: int = 3) -> torch.Tensor:
@@ -69,7 +68,7 @@ def slices(*shape: int, seed: int = 3) -> torch.Tensor:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_tiles_are_the_whole_slice(name: str, norm: str, small_tiles: None) -> None:
     kind, changes = ARCHITECTURES[name]
-    g1 = build_generator(kind(norm=norm, **changes)).eval()
+    g1 = build_g1(kind(norm=norm, **changes)).eval()
     x = slices(2, 1, 19, 14)
     with torch.no_grad():
         single, double = g1(x), copy.deepcopy(g1).double()(x.double())
@@ -87,7 +86,7 @@ def test_tiles_are_the_whole_slice(name: str, norm: str, small_tiles: None) -> N
     [((4, 4), 1), ((5, 31), 3), ((5, 31), 30), ((29, 16), 7), ((33, 45), 16), ((33, 45), 64)],
 )
 def test_awkward_sizes(norm: str, size: tuple[int, int], tile: int, small_tiles: None) -> None:
-    g1 = build_generator(G1Settings(channels=16, blocks=1, norm=norm, skip=True)).double().eval()
+    g1 = build_g1(G1Settings(channels=16, blocks=1, norm=norm, skip=True)).double().eval()
     x = slices(1, 1, *size).double()
     with torch.no_grad():
         whole = g1(x)
@@ -96,7 +95,7 @@ def test_awkward_sizes(norm: str, size: tuple[int, int], tile: int, small_tiles:
 
 
 def test_each_slice_has_its_own_statistics_and_noise(small_tiles: None) -> None:
-    g1 = build_generator(G1Settings(channels=16, blocks=1, noise=True)).eval()
+    g1 = build_g1(G1Settings(channels=16, blocks=1, noise=True)).eval()
     x = slices(3, 1, 20, 17)
     together = sr_slice(g1, x, tile=8)
     for i in range(3):
@@ -104,18 +103,18 @@ def test_each_slice_has_its_own_statistics_and_noise(small_tiles: None) -> None:
 
 
 def test_what_is_not_held_is_made_again(monkeypatch: pytest.MonkeyPatch, small_tiles: None) -> None:
-    g1 = build_generator(G1Settings(channels=16, blocks=2)).double().eval()
+    g1 = build_g1(G1Settings(channels=16, blocks=2)).double().eval()
     x = slices(1, 1, 21, 18).double()
     with torch.no_grad():
         whole = g1(x)
     for keep in (0, 1 << 40):
-        monkeypatch.setitem(lazy_maps._normalised.__kwdefaults__, "keep", keep)
+        monkeypatch.setitem(lazy_layers._normalised.__kwdefaults__, "keep", keep)
         assert (sr_slice(g1, x, tile=6) - whole).abs().max() < 1e-12
 
 
 def test_flat_slices_and_large_grey_levels(small_tiles: None) -> None:
     """What InstanceNorm divides by nearly nothing."""
-    g1 = build_generator(G1Settings(channels=16, blocks=2)).eval()
+    g1 = build_g1(G1Settings(channels=16, blocks=2)).eval()
     for level in (-1.0, 0.0, 0.3):
         x = torch.full((1, 1, 20, 20), level)
         with torch.no_grad():
@@ -138,7 +137,7 @@ def test_the_bundled_generator_has_no_seams() -> None:
 
 
 def test_tiles_cover_the_slice_once(small_tiles: None) -> None:
-    g1 = build_generator(G1Settings(channels=16, blocks=0, scale=2, norm="none")).eval()
+    g1 = build_g1(G1Settings(channels=16, blocks=0, scale=2, norm="none")).eval()
     covered = torch.zeros(2 * 23, 2 * 31)
     for ((top, bottom), (left, right)), piece in sr_tiles(g1, slices(1, 1, 23, 31), tile=6):
         covered[top:bottom, left:right] += 1
@@ -148,7 +147,7 @@ def test_tiles_cover_the_slice_once(small_tiles: None) -> None:
 
 
 def test_a_given_buffer_is_filled(small_tiles: None) -> None:
-    g1 = build_generator(G1Settings(channels=16, blocks=0, norm="none")).eval()
+    g1 = build_g1(G1Settings(channels=16, blocks=0, norm="none")).eval()
     x, out = slices(1, 1, 9, 7), torch.full((1, 1, 72, 56), torch.nan)
     for tile in (4, None):
         assert sr_slice(g1, x, tile=tile, out=out.fill_(torch.nan)) is out
@@ -156,12 +155,12 @@ def test_a_given_buffer_is_filled(small_tiles: None) -> None:
 
 
 def test_the_bad_place_is_named(small_tiles: None) -> None:
-    g1 = build_generator(G1Settings(channels=16, blocks=0, norm="none")).eval()
+    g1 = build_g1(G1Settings(channels=16, blocks=0, norm="none")).eval()
     with torch.no_grad():
         g1.last.weight[0, 0, 3, 3] = torch.inf  # 0 · ∞ where features are 0
     with pytest.raises(RangeError, match=r"tile at rows 0 to 8, columns 0 to 8: .* not finite"):
         sr_slice(g1, slices(1, 1, 16, 16), tile=8)
-    whole = build_generator(G1Settings(channels=16, blocks=0, norm="none")).eval()
+    whole = build_g1(G1Settings(channels=16, blocks=0, norm="none")).eval()
     with torch.no_grad():
         whole.last.bias.fill_(torch.inf)  # tanh would make it a harmless 1
         assert whole(slices(1, 1, 8, 8)).isfinite().all()
@@ -170,7 +169,7 @@ def test_the_bad_place_is_named(small_tiles: None) -> None:
 
 
 def test_half_precision_is_close_and_made_again(small_tiles: None) -> None:
-    g1 = build_generator(G1Settings(channels=16, blocks=2, norm="none", skip=True)).eval()
+    g1 = build_g1(G1Settings(channels=16, blocks=2, norm="none", skip=True)).eval()
     x = slices(1, 1, 24, 24)
     whole = sr_slice(g1, x, tile=None)
     half = sr_slice(g1, x, tile=8, precision="bf16")
@@ -201,7 +200,7 @@ def test_half_precision_is_close_and_made_again(small_tiles: None) -> None:
     ],
 )
 def test_one_line_for_what_cannot_be(change: dict, text: str) -> None:
-    g1 = build_generator(G1Settings(channels=16, blocks=0)).eval()
+    g1 = build_g1(G1Settings(channels=16, blocks=0)).eval()
     arguments = {"x": torch.zeros(1, 1, 20, 20), **change}
     x = arguments.pop("x")
     with pytest.raises(MMSRError, match=text) as caught:
@@ -216,16 +215,17 @@ SLICES = (
     + """
 import json, os
 import torch
-from mmsr.networks.weights import build_generator, load_generator
+from mmsr.networks.weights import build_g1, load_generator
 from mmsr.networks.generators import G1Settings, ResnetSettings
-from mmsr.inference.tiling import choose_tile, memory_needed, sr_slice
+from mmsr.inference.memory import choose_tile, memory_needed
+from mmsr.inference.tiling import sr_slice
 from mmsr.networks.unit import UNITSettings
 torch.set_num_threads(1)
 for job in sys.argv[1:]:
     if not (child := os.fork()):
         try:
             g1, side, tile = eval(job)
-            g1 = load_generator(g1)[0] if isinstance(g1, str) else build_generator(g1).eval()
+            g1 = load_generator(g1)[0] if isinstance(g1, str) else build_g1(g1).eval()
             tile = choose_tile(g1, (side, side)) if tile == "auto" else tile
             need = memory_needed(g1, (side, side), tile=tile)
             x = torch.rand(1, 1, side, side) * 2 - 1
@@ -274,7 +274,7 @@ def test_a_whole_slice_in_little_memory() -> None:
 
 
 def test_small_slices_run_whole_and_large_ones_in_tiles() -> None:
-    g1 = build_generator(G1Settings(norm="channel", skip=True, noise=True))
+    g1 = build_g1(G1Settings(norm="channel", skip=True, noise=True))
     assert choose_tile(g1, (24, 24)) is None
     tile = choose_tile(g1, (512, 512))
     assert tile is not None

@@ -12,28 +12,28 @@ import torch
 from safetensors.torch import save
 
 from mmsr.core import FileError, MMSRError, RangeError, ResourceError, SettingsError
-from mmsr.networks.generators import G1Settings, ResnetSettings, build_g1
+from mmsr.networks.generators import G1, G1Settings, ResnetSettings
 from mmsr.networks.unit import UNITSettings
 from mmsr.networks.weights import (
     RECORD_KEY,
-    AnyGenerator,
-    G1Network,
+    AnyG1,
     ModelCard,
-    build_generator,
+    build_g1,
     load_generator,
     save_generator,
 )
+from mmsr.training.sr_cyclegan import cyclegan_settings
 
 SMALL = G1Settings(channels=8, blocks=1, norm="none", head_kernel=3, last_kernel=3)
 
 
-def record_of(settings: AnyGenerator, **more: object) -> ModelCard:
+def record_of(settings: AnyG1, **more: object) -> ModelCard:
     """Make a record with no story."""
     known = {"clinical_window": {}, "micro_window": {}, "method": "untrained", "data": "none"}
     return ModelCard.read({"g1": settings, **known, **more})
 
 
-def tensors_of(g1: G1Network) -> dict[str, torch.Tensor]:
+def tensors_of(g1: G1) -> dict[str, torch.Tensor]:
     """Return the weights as safetensors wants them."""
     return {name: value.detach().contiguous() for name, value in g1.state_dict().items()}
 
@@ -92,8 +92,8 @@ def refused(path: Path, content: bytes) -> str:
         UNITSettings(latent=16, blocks=1, halvings_x=2, halvings_y=2, enlarged=8, norm="channel"),
     ],
 )
-def test_round_trip(settings: AnyGenerator, tmp_path: Path) -> None:
-    g1 = build_generator(settings, torch.Generator().manual_seed(3)).eval()
+def test_round_trip(settings: AnyG1, tmp_path: Path) -> None:
+    g1 = build_g1(settings, torch.Generator().manual_seed(3)).eval()
     path = tmp_path / "g1.safetensors"
     save_generator(path, g1, record_of(settings, measures={"PSNR": 15.25}))
     again, record = load_generator(path)
@@ -275,8 +275,15 @@ def test_a_record_that_json_cannot_hold(tmp_path: Path) -> None:
     assert load_generator(path)[1].measures == {"PSNR": None}
 
 
-def test_a_file_from_before_there_were_kinds(good: Path) -> None:
+def test_files_from_before_there_were_kinds_and_when_they_had_other_names(good: Path) -> None:
     record = record_of(SMALL).model_dump(mode="json")
-    del record["g1"]["kind"]
-    good.write_bytes(with_record(tensors_of(build_g1(SMALL)), record))
-    assert load_generator(good)[1].g1 == SMALL
+    for kind in ({}, {"kind": "pixel shuffle"}, {"kind": "pixel_shuffle"}):
+        older = {name: value for name, value in record["g1"].items() if name != "kind"} | kind
+        good.write_bytes(with_record(tensors_of(build_g1(SMALL)), {**record, "g1": older}))
+        assert load_generator(good)[1].g1 == SMALL
+
+
+def test_settings_refuse_the_old_names_and_give_the_new_ones() -> None:
+    for name, old, new in (("g1", "pixel shuffle", "pixel_shuffle"), ("g2", "light", "strided")):
+        with pytest.raises(SettingsError, match=f"{name}: kind: '{old}' is called '{new}' now"):
+            cyclegan_settings(changes={name: {"kind": old}})
