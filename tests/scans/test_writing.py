@@ -32,7 +32,7 @@ from mmsr.core import (
     seeded,
 )
 from mmsr.data.volume import DicomSource, Volume, sr_geometry
-from mmsr.scans import resumable_output
+from mmsr.scans import output_plan
 from mmsr.scans.ome_zarr_writer import pyramid, pyramid_shapes
 from mmsr.scans.output_plan import Output, placeholder, plan_outputs, unfinished
 from mmsr.scans.read import read_volume
@@ -432,7 +432,7 @@ def whole(
 
 
 def is_finished(outputs: dict[str, Output], job: dict[str, str]) -> bool:
-    return resumable_output.is_finished(plan_outputs(outputs, job))
+    return output_plan.is_finished(plan_outputs(outputs, job))
 
 
 def child(
