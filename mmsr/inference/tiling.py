@@ -55,13 +55,16 @@ def untileable(g1: G1) -> str:
 
 def _sr_map(g1: G1, x: Tensor, tiling: Tiling) -> tuple[Map, _Ending]:
     """Take a generator through slices, up to the last activation; give that, too."""
+    size = x.shape[2] * g1.scale, x.shape[3] * g1.scale
     if untileable(g1):
-        size = x.shape[2] * g1.scale, x.shape[3] * g1.scale
         return Map(size, lambda _: g1(x, tiling.noise)), lambda piece, _: piece
     body, last = _split(g1)
     m = from_tensor(x)
     for step in steps_of(*body):
         m = step(m, tiling)
+    if m.size != size:
+        name = type(g1).__name__
+        raise ShapeError(f"{name}: its stages make {m.size} pixels, its scale asks for {size}")
     if isinstance(last, AddInput):
         base = enlarged(last.factor)(from_tensor(x), tiling)
         return m, lambda piece, box: add_inside_tanh(piece, base.read(box))

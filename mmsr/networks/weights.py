@@ -44,7 +44,7 @@ G2_NETWORKS: dict[str, type[DownsamplingGenerator | ResnetGenerator]] = {
     "strided": DownsamplingGenerator,
     "resnet": ResnetGenerator,
 }
-_RENAMED = {"pixel shuffle": "pixel_shuffle", "light": "strided"}  # until 0.1
+_RENAMED = {"pixel shuffle": "pixel_shuffle", "light": "strided"}  # what older files say
 
 
 def _settings_of(networks: Mapping[str, Any], value: Any) -> Settings:

@@ -145,3 +145,11 @@ def test_a_file_of_an_unknown_kind_names_those_that_are_known(
     monkeypatch.delitem(GENERATORS, "own")
     with pytest.raises(ValueError, match=r"g1: kind: expected 'pixel_shuffle' or .*, got 'own'"):
         load_generator(path)
+
+
+def test_stages_that_forget_the_enlargement_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    g1 = own("own")
+    stages = list(g1.stages() or ())
+    monkeypatch.setattr(Own, "stages", lambda _: [*stages[:4], stages[5]])
+    with pytest.raises(ShapeError, match=r"its stages make .70, 70. pixels, its scale asks for"):
+        sr_slice(g1, slices(1, 1, 70, 70), tile=64)
