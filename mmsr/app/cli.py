@@ -92,7 +92,7 @@ Scan = Annotated[Path, typer.Argument(help="DICOM folder, .nii(.gz), .nrrd or .m
 Out = Annotated[Path, typer.Argument(help=_ENDINGS)]
 Slices = Annotated[Text, typer.Option(help="FIRST:END, counted from 0, e.g. 60:62")]
 Series = Annotated[Text, typer.Option(help="which of several series, see mmsr info SCAN")]
-Resample = Annotated[bool, typer.Option("--resample", help="straighten a tilted or uneven stack")]
+Resample = Annotated[bool, typer.Option("--resample", help="tilted, uneven: to a regular grid")]
 Weights = Annotated[str, typer.Option(help="a .safetensors file")]
 LungOnly = Annotated[bool, typer.Option("--lung-only", help="keep bicubic outside the lung")]
 Mask = Annotated[File, typer.Option(help="a mask of yours, on the scan's grid")]
