@@ -3,7 +3,7 @@ PYTHON ?= python3
 CORES  ?= 2
 BIN    := .venv/bin
 
-.PHONY: help setup demo test lint check bench clean lab
+.PHONY: help setup hooks demo quick test nightly lint lines check bench clean lab
 
 help:            ## list the targets
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -18,14 +18,30 @@ setup: .venv/.ready ## create .venv with everything that the targets need
 	$(BIN)/python -m pip install --quiet --prefer-binary -c constraints.txt -e '.[dev]'
 	@touch $@
 
+hooks: setup     ## for those who change the project: notebooks merge cell by cell, a check before each commit
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_install_hooks
+	git config merge.nbdev-merge.driver '"$(CURDIR)/$(BIN)/nbdev_merge" %O %A %B %P'
+	printf '#!/bin/sh\nexec "%s/nbdev_trust"\n' "$(CURDIR)/$(BIN)" > "$$(git rev-parse --git-path hooks)/post-merge"
+	$(BIN)/pre-commit install
+
 demo: setup      ## phantom -> training with and without the MMSR loss -> report (about 5 minutes on 2 cores)
 	$(BIN)/mmsr demo --cores $(CORES)
+
+quick: lint      ## style, types, structure, links, cheap pages and tests: under a minute
+	$(BIN)/python -m pytest -q -n $(CORES) -m "not slow"
 
 test: setup      ## every notebook and test, with the coverage of the package
 	$(BIN)/python -m pytest -n $(CORES) --cov --cov-report=term --cov-fail-under=90
 
+nightly: setup   ## hours: slow cells, many kills, the largest files, the benchmarks
+	MMSR_SLOW=1 MMSR_LARGE=1 MMSR_KILLS=20 $(BIN)/python -m pytest -n $(CORES) --timeout 3600
+	$(MAKE) bench
+
 lint: setup      ## style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+lines: setup     ## how long each module is
+	@$(BIN)/python tests/count_lines.py
 
 check: setup     ## is the package in step with the notebooks, and are the notebooks clean?
 	$(BIN)/nbdev_export && $(BIN)/nbdev_clean && git diff --exit-code --stat -- mmsr nbs

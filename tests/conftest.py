@@ -1,17 +1,28 @@
 """Tests run in several processes at once, each on one core; chance draws the same in each run."""
 
 import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is loaded: threads of two would fight
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded, and for all that tests start
 
 slow = [HealthCheck.too_slow]  # says how busy the machine is
 settings.register_profile("suite", derandomize=True, deadline=None, suppress_health_check=slow)
 settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Take back the threads that a test or a page asked for: sums are made in one order."""
+    yield
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -25,3 +36,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return nodeid if alone else super()._split_scope(nodeid)
 
     return ByFile(config, log)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Tell what each part took: its pages and its tests."""
+    seconds, failed = Counter[str](), Counter[str]()
+    for report in (r for reports in terminalreporter.stats.values() for r in reports):
+        if not isinstance(report, pytest.TestReport):
+            continue
+        place = re.search(r"\[(\d_\w+)/.*\.ipynb|tests/(\w+)/", report.nodeid)
+        part = next(filter(None, place.groups())) if place else "the whole"
+        seconds[part] += report.duration
+        failed[part] += report.failed
+    terminalreporter.section("by part")
+    for part, took in sorted(seconds.items()):
+        terminalreporter.line(f"{part:<14}{took:7.1f} s{failed[part] or '':>6}")

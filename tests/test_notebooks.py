@@ -1,20 +1,27 @@
-"""Each notebook is one test; its exported cells count for the coverage of their module."""
+"""Each notebook is one test; its exported cells count for the coverage of their module.
+
+Cells marked `#| slow` run where MMSR_SLOW is set, those marked `#| cuda` where there is a GPU.
+"""
 
 import ast
+import os
 import re
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import nbformat
 import pytest
+import torch
 from IPython.display import display
 
 ROOT = Path(__file__).parents[1]
 NBS = ROOT / "nbs"
 PAGES = sorted([*NBS.glob("*.ipynb"), *NBS.glob("[0-9]_*/*.ipynb")])
 MODULES = [p for p in (ROOT / "mmsr").rglob("*.py") if p.name not in ("__init__.py", "__main__.py")]
+QUICK = ("00_core", "2_networks/", "3_losses/")  # pages that take a few seconds, for `make quick`
 SKIPPED = re.compile(r"^#\| *(slow|cuda|eval: *false)", re.MULTILINE)
 IS_CODE = re.compile(r"^(?!#\||\s*$)")
 
@@ -32,6 +39,18 @@ def exported_lines() -> dict[tuple[str, str], tuple[str, int]]:
 EXPORTED = exported_lines()
 
 
+def skipped(source: str) -> bool:
+    """Tell whether a cell is left out, here and now."""
+    allowed = {"slow": "MMSR_SLOW" in os.environ, "cuda": torch.cuda.is_available()}
+    return any(not allowed.get(mark, False) for mark in SKIPPED.findall(source))
+
+
+def page(path: Path) -> Any:
+    """Make a parameter of a page; all but a few are slow."""
+    name = path.relative_to(NBS).as_posix()
+    return pytest.param(path, id=name, marks=[] if name.startswith(QUICK) else pytest.mark.slow)
+
+
 def test_all_pages_are_found() -> None:
     """Each module comes from one page, and each page but the tour and the quick start makes one."""
     made = {name for name, _ in EXPORTED}
@@ -41,7 +60,7 @@ def test_all_pages_are_found() -> None:
     assert made <= pages
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.relative_to(NBS).as_posix())
+@pytest.mark.parametrize("path", map(page, PAGES))
 def test_notebook(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mpl.use("agg")
     monkeypatch.chdir(path.parent)
@@ -51,7 +70,7 @@ def test_notebook(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = path.relative_to(NBS).as_posix()
     for number, cell in enumerate(nbformat.read(path, 4).cells):
         source = cell.source
-        if cell.cell_type != "code" or SKIPPED.search(source) or "nbdev_export()" in source:
+        if cell.cell_type != "code" or skipped(source) or "nbdev_export()" in source:
             continue
         file, line = f"{name}, cell {number}", 1
         if place := EXPORTED.get((name, cell.id)):

@@ -1,4 +1,7 @@
-"""The architecture holds: imports point down, training needs no scan library, outputs are clean."""
+"""The architecture holds: imports point down, pages stay short, outputs are clean.
+
+How long things may be stands in `size_limits.py`, which `count_lines.py` writes.
+"""
 
 import ast
 import re
@@ -8,6 +11,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import size_limits
+from count_lines import sizes, too_long
 
 ROOT = Path(__file__).parents[1]
 NBS = ROOT / "nbs"
@@ -80,8 +85,30 @@ def test_notebook_is_presentable(path: Path) -> None:
     assert any(c.outputs for c in code), "no outputs are committed"
 
 
+def test_versions_agree() -> None:
+    """A release is one number, told in three places."""
+    wanted = re.search(r"^version = (.+)$", (ROOT / "settings.ini").read_text("utf8"), re.M)[1]
+    assert f"\nversion: {wanted}\n" in (ROOT / "CITATION.cff").read_text("utf8")
+    assert f'__version__ = "{wanted}"' in (ROOT / "mmsr/__init__.py").read_text("utf8")
+
+
 @pytest.mark.skipif(not TRACKED, reason="not a git checkout")
 def test_no_data_is_tracked() -> None:
     data = (".dcm", ".nii", ".gz", ".mha", ".nrrd", ".tif", ".npy", ".pt")
     assert [p for p in TRACKED if p.endswith(data)] == []
     assert [p for p in TRACKED if p.startswith("data/")] == ["data/README.md"]
+
+
+@pytest.mark.parametrize("kind", ["LONG_PAGES", "LONG_CELLS"])
+def test_size_of_pages_and_cells(kind: str) -> None:
+    """An exception may shrink and go; it may not grow, and none may come."""
+    found, allowed = too_long()[kind], getattr(size_limits, kind)
+    grown = {name: lines for name, lines in found.items() if lines > allowed.get(name, 0)}
+    assert not grown, "split these, or say less"
+    assert found.keys() == allowed.keys(), f"no longer needed in {kind} of size_limits.py"
+
+
+def test_size_of_the_package() -> None:
+    """The package may grow by what it learns, and size_limits.py with it; a module may not."""
+    for name, lines in sizes().items():
+        assert lines <= getattr(size_limits, name), name

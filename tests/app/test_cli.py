@@ -81,16 +81,6 @@ def weights_file(path: Path, **settings: object) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Leave the other cores alone, here and in child processes."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder = tmp_path_factory.mktemp("input")
@@ -172,6 +162,7 @@ def overlays(image: sitk.Image, clinical: Volume) -> None:
         np.testing.assert_allclose(np.mean(ends, 0), centre, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [".mha", ".nii.gz", ".nrrd"])
 def test_super_resolve_writes_volume_picture_and_map(
     place: Place, out: Path, capsys: pytest.CaptureFixture[str], ending: str
@@ -589,6 +580,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lacking", ["volume", "map"])
 def test_full_disk(
     place: Place, out: Path, small_disk: Path, capsys: pytest.CaptureFixture[str], lacking: str
@@ -608,6 +600,7 @@ def test_full_disk(
     assert (content(small_disk), content(out)) == before
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_while_the_job_runs(
     place: Place,
     small_disk: Path,
@@ -649,6 +642,7 @@ def test_read_only_folder(place: Place, out: Path, capsys: pytest.CaptureFixture
         out.chmod(0o700)
 
 
+@pytest.mark.slow
 def test_ctrl_c(place: Place, out: Path, tmp_path: Path) -> None:
     """A real SIGINT, to a real process, in the middle of its slices."""
     large = np.full((60, 128, 128), -800, np.int16)
@@ -688,6 +682,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_it_loads() -> None:
     job = child(program=("-c", SLOW_TO_LOAD))
     try:
@@ -743,6 +738,7 @@ def test_version_names_no_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert "/" not in said.out
 
 
+@pytest.mark.slow
 def test_light_commands_wait_for_no_torch(place: Place) -> None:
     """What a look at a scan loads: a second and more are at stake."""
     heavy = ["torch", "lightning_fabric", "matplotlib.pyplot", "scipy", "papermill", "SimpleITK"]
@@ -824,6 +820,7 @@ def test_run_refusals(
     assert content(out) == before
 
 
+@pytest.mark.slow
 @needs_real_data
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_real_scan(place: Place, out: Path) -> None:

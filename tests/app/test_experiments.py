@@ -47,10 +47,8 @@ SMALL_NETWORKS = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Leave the other cores alone in child processes."""
+def progress_as_text() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("MMSR_PROGRESS", "text")  # run_experiment sets it: put it back afterwards
         yield
 
@@ -94,6 +92,7 @@ def own_chain(chain: Path, tmp_path: Path) -> Path:
     return shutil.copytree(chain, tmp_path / "tiny")
 
 
+@pytest.mark.slow
 def test_report_holds_everything_in_one_page(chain: Path) -> None:
     page = (chain / "report.html").read_text(encoding="utf8")
     outside = re.findall(r"(?:src|href|action|url)\s*=?\s*[\"'(]\s*(?!data:)([^\"')]+)", page)
@@ -109,6 +108,7 @@ def test_report_holds_everything_in_one_page(chain: Path) -> None:
     assert "nan" not in re.sub(r"base64,[^']*", "", page).lower().split()
 
 
+@pytest.mark.slow
 def test_metrics_are_finite(chain: Path) -> None:
     metrics = json.loads((chain / "metrics.json").read_text())
     rows = {row["method"]: row for row in metrics["rows"]}
@@ -126,6 +126,7 @@ def test_metrics_are_finite(chain: Path) -> None:
     assert (metrics["cases"], metrics["slices"]) == (["patient-1"], 1)
 
 
+@pytest.mark.slow
 def test_trainings_differ_by_the_loss_only(chain: Path) -> None:
     one, other = (read_json(chain / "train" / model / "config.json") for model in MODELS)
     assert one["settings"]["mmsr"] != other["settings"]["mmsr"]
@@ -143,6 +144,7 @@ def test_trainings_differ_by_the_loss_only(chain: Path) -> None:
         assert not case.seen
 
 
+@pytest.mark.slow
 def test_nothing_but_results_is_left(chain: Path) -> None:
     names = set(stamps(chain))
     assert not [name for name in names if ".running" in name or "/." in name or ".log" in name]
@@ -150,6 +152,7 @@ def test_nothing_but_results_is_left(chain: Path) -> None:
     assert made == sorted(["prepare", *MODELS, *MODELS, "evaluate"])
 
 
+@pytest.mark.slow
 def test_second_run_does_nothing(
     chain: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +166,7 @@ def test_second_run_does_nothing(
     assert stamps(chain) == before
 
 
+@pytest.mark.slow
 def test_changed_training_reruns_what_depends_on_it(own_chain: Path, tmp_path: Path) -> None:
     before = stamps(own_chain)
     plan = yaml.safe_load(TINY.read_text())
@@ -213,6 +217,7 @@ def merge(into: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", WRONG)
 def test_wrong_parameter_in_a_plan(
     chain: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], where: str
@@ -302,6 +307,7 @@ def test_hints_come_from_the_network_that_was_chosen() -> None:
     assert "did you mean" not in refusal({"octaves": 3})  # of a network, not of the run
 
 
+@pytest.mark.slow
 def test_what_snakemake_itself_refuses_is_told(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -314,6 +320,7 @@ def test_what_snakemake_itself_refuses_is_told(
     assert "File exists" in line
 
 
+@pytest.mark.slow
 def test_another_seed_leaves_no_case_behind(own_chain: Path) -> None:
     """The patients held out by an earlier run are in training now: nobody may be judged on them."""
     prepared = own_chain / "prepare"
@@ -330,6 +337,7 @@ def test_another_seed_leaves_no_case_behind(own_chain: Path) -> None:
         prepared_cases(prepared)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["{}", "[]", "null", "5", "{", '{"data": 5}'])
 def test_what_prepare_did_not_write_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "prepared.json").write_text(content)
@@ -341,6 +349,7 @@ def test_what_prepare_did_not_write_is_refused(tmp_path: Path, content: str) -> 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_changed_bank_is_not_trained_on(own_chain: Path, tmp_path: Path) -> None:
     patches = own_chain / "prepare" / "micro" / "patches.npy"
     content = bytearray(patches.read_bytes())
@@ -358,6 +367,7 @@ def test_a_changed_bank_is_not_trained_on(own_chain: Path, tmp_path: Path) -> No
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "kind"), [(errno.ENOSPC, ResourceError), (errno.EACCES, FileError)]
 )
@@ -375,6 +385,7 @@ def test_a_disk_that_fails_costs_one_line(
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.slow
 def test_unknown_parameter_and_experiment(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="sizes: unknown parameter of prepare") as e:
         run_experiment("prepare", tmp_path / "n.ipynb", {"sizes": 3})
@@ -392,6 +403,7 @@ def one_cell(path: Path, source: str) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deaths", [1, 2])
 def test_a_kernel_that_dies_at_its_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deaths: int
@@ -421,6 +433,7 @@ def test_a_kernel_that_dies_at_its_start(
     assert (tmp_path / "starts").read_text() == "xx"
 
 
+@pytest.mark.slow
 def test_errors_of_training_keep_their_kind(tmp_path: Path) -> None:
     """In a process that has not loaded the module they come from."""
     source = "class HealthError(ValueError): ...\nraise HealthError('step 3: the loss is NaN')"
@@ -437,6 +450,7 @@ def test_errors_of_training_keep_their_kind(tmp_path: Path) -> None:
     assert done.stdout == "HealthError step 3: the loss is NaN\n"
 
 
+@pytest.mark.slow
 def test_plain_runs_make_the_same_without_jupyter(chain: Path, tmp_path: Path) -> None:
     """`mmsr run NAME --plain` on a node that has neither papermill nor a kernel."""
     code = (
@@ -465,6 +479,7 @@ def test_plain_runs_make_the_same_without_jupyter(chain: Path, tmp_path: Path) -
     assert one.read_text() == other.read_text()
 
 
+@pytest.mark.slow
 def test_refusal_inside_a_notebook_keeps_its_kind(chain: Path, tmp_path: Path) -> None:
     values = {"prepared": str(tmp_path), "models": {}, "out": str(tmp_path / "out")}
     with pytest.raises(MMSRError, match="run the experiment `prepare` first") as e:
@@ -493,6 +508,7 @@ def rows_of(history: Path) -> int:
     return history.read_text().count("\n") if history.is_file() else 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found in /proc")
 def test_killed_training_goes_on(chain: Path, tmp_path: Path) -> None:
     """SIGKILL to the kernel, as a machine short of memory sends it; then the same again."""
@@ -555,6 +571,7 @@ def small_system(system: str, steps: int = 2) -> dict[str, Any]:
     return {**judges, **run, **window, "g1": small, "g2": small, "pool_size": 4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_every_system_trains_and_is_saved(chain: Path, tmp_path: Path, system: str) -> None:
     chosen = TrainSettings.read(
@@ -577,6 +594,7 @@ def test_every_system_trains_and_is_saved(chain: Path, tmp_path: Path, system: s
     assert all(math.isfinite(v) for column in history.values() for v in column)
 
 
+@pytest.mark.slow
 def test_another_scale_and_system_through_all_notebooks(tmp_path: Path) -> None:
     """Scale 4, µCT averaged to fit it, windows of the user's, and SR-UNIT."""
     prepared, run, sr = (tmp_path / name for name in ("prepare", "run", "sr"))
@@ -628,6 +646,7 @@ def test_a_scale_without_truth() -> None:
     assert columns_of(case, [model])["bicubic"].shape == (1, 768, 768)
 
 
+@pytest.mark.slow
 def test_two_processes_train_together(chain: Path, tmp_path: Path) -> None:
     """`devices = 2` starts torchrun from the notebook; what it refuses comes back in one line."""
     settings = small_system("SR-CycleGAN", steps=3)
@@ -648,6 +667,7 @@ def test_two_processes_train_together(chain: Path, tmp_path: Path) -> None:
     assert done.stderr.count("mmsr: ") == 1  # not once for each process
 
 
+@pytest.mark.slow
 def test_the_train_verb(
     chain: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -700,6 +720,7 @@ def prepare_and_train(folder: Path, values: dict[str, Any]) -> None:
     assert all(math.isfinite(v) for column in history.values() for v in column)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL, reason="MMSR_REAL_DATA is not set")
 @pytest.mark.parametrize("micro", ["phantom", "bone"])
 def test_real_data_with_only_paths_changed(tmp_path: Path, micro: str) -> None:
@@ -731,6 +752,7 @@ def test_real_data_with_only_paths_changed(tmp_path: Path, micro: str) -> None:
     assert str(REAL) not in record.model_dump_json()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL, reason="MMSR_REAL_DATA is not set")
 def test_unset_variable_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

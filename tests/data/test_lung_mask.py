@@ -63,6 +63,7 @@ def pieces(mask: np.ndarray) -> np.ndarray:
     return np.sort(np.bincount(cc3d.connected_components(mask, connectivity=6).ravel())[1:])[::-1]
 
 
+@pytest.mark.slow
 @needs_real
 def test_time_and_memory(measured, record_property):
     report, _ = measured
@@ -75,6 +76,7 @@ def test_time_and_memory(measured, record_property):
     assert report["peak"] < BYTES
 
 
+@pytest.mark.slow
 def test_a_chest_of_300_slices_in_less_than_a_gigabyte():
     """Also what the scan, Python and the libraries take; plain lungs, but of the full size."""
     code = (
@@ -103,6 +105,7 @@ print(peak_bytes())
     assert int(done.stdout) < BYTES
 
 
+@pytest.mark.slow
 def test_the_quick_mask_is_that_of_the_plain_ports():
     """The benchmark page holds the same algorithm in SciPy and in SimpleITK; they must agree."""
     page = Path(__file__).parents[2] / "nbs" / "benchmarks" / "preprocessing.ipynb"
@@ -124,6 +127,7 @@ def test_the_quick_mask_is_that_of_the_plain_ports():
             assert differ.sum() < 1e-4 * mask.sum(), name
 
 
+@pytest.mark.slow
 @needs_real
 def test_two_whole_lungs(measured, scan):
     import edt
@@ -141,6 +145,7 @@ def test_two_whole_lungs(measured, scan):
         assert mask[z, :, 256:].sum() > 0.25 * mask[z].sum()
 
 
+@pytest.mark.slow
 @needs_real
 def test_what_is_out(measured, scan):
     _, mask = measured
@@ -156,6 +161,7 @@ def test_what_is_out(measured, scan):
     assert (scan.array[mask] > 200).mean() < 0.005  # bone
 
 
+@pytest.mark.slow
 @needs_real
 def test_vessels_are_in(measured, scan):
     import cc3d
@@ -176,6 +182,7 @@ def test_vessels_are_in(measured, scan):
     assert found > 0.95 * seen
 
 
+@pytest.mark.slow
 @needs_real
 @pytest.mark.parametrize("diameter_mm", [8, 15])
 def test_a_lesion_on_the_pleura_is_in(measured, scan, diameter_mm):
@@ -195,6 +202,7 @@ def test_a_lesion_on_the_pleura_is_in(measured, scan, diameter_mm):
     assert mask[lesion].mean() > 0.75  # all but a rim at the ribs
 
 
+@pytest.mark.slow
 @needs_real
 @pytest.mark.parametrize("slices", [(60, 62), (100, 101), (88, 90), (115, 120)])
 def test_few_slices_agree_with_the_whole(measured, scan, slices):
@@ -214,6 +222,7 @@ def test_a_crop_through_both_lungs():
     assert (crop.array[mask] > 200).mean() < 0.005
 
 
+@pytest.mark.slow
 @needs_real
 def test_field_of_view_that_cuts_a_lung(measured, scan):
     _, whole = measured

@@ -121,6 +121,7 @@ def test_sampling_nothing_and_no_cases():
         split_cases(["a", "b"], held_out=-1)
 
 
+@pytest.mark.slow
 def test_another_process_writes_the_same_bank(tmp_path, bank):
     code = (
         "import sys; sys.path.insert(0, sys.argv[2])\n"
@@ -239,6 +240,7 @@ def test_a_disk_that_fails_leaves_nothing(tmp_path, monkeypatch, number, kind, c
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_the_patches_are_written(tmp_path):
     code = (
         "import resource, signal, sys; sys.path.insert(0, sys.argv[2])\n"

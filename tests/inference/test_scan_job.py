@@ -192,6 +192,7 @@ def test_every_format_holds_the_same_voxels(
     assert [p.name for p in tmp_path.iterdir()] == [out.name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [".mha", ".nii.gz", ".ome.zarr", ".dicom"])
 def test_killed_at_any_moment_it_goes_on(
     scan: Path, weights: Path, tmp_path: Path, jobs: Jobs, ending: str
@@ -220,6 +221,7 @@ def test_killed_at_any_moment_it_goes_on(
         assert content(out) == content(reference)
 
 
+@pytest.mark.slow
 def test_parts_at_once_make_one_volume(
     scan: Path, weights: Path, tmp_path: Path, jobs: Jobs
 ) -> None:
@@ -271,6 +273,7 @@ for count in map(int, sys.argv[4:]):
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ending", "scale", "side", "counts"),
     [
@@ -456,6 +459,7 @@ def test_another_job_is_not_mixed_in(scan: Path, weights: Path, tmp_path: Path) 
     assert "exists" in said
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL, reason="MMSR_REAL_DATA is not set: no real scan to read")
 def test_a_real_slice_stays_small_and_in_place(tmp_path: Path) -> None:
     source = Path(REAL or "", "nlst_chest_dicom")

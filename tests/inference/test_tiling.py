@@ -4,7 +4,6 @@ import copy
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.resources import files
 
 import pytest
@@ -44,14 +43,6 @@ ARCHITECTURES: dict[str, tuple[type, dict]] = {
         {"latent": 32, "blocks": 1, "halvings_x": 2, "halvings_y": 2, "enlarged": 8},
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -257,6 +248,7 @@ def measured(*jobs: str) -> list[dict[str, int]]:
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_as_estimated() -> None:
     all_said = measured(*JOBS)
@@ -265,6 +257,7 @@ def test_memory_is_as_estimated() -> None:
         assert 0.7 < said["need"] / said["took"] < 1.3, (job, said)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_whole_slice_in_little_memory() -> None:
     path = str(files("mmsr") / "weights" / "phantom.safetensors")

@@ -252,6 +252,7 @@ def test_frames_that_do_not_say_where_they_lie(tmp_path):
     refused(GeometryError, path, "ImagePositionPatient", "frame 1")
 
 
+@pytest.mark.slow
 def test_one_frame_is_in_memory_at_a_time(tmp_path):
     """Reading 20 of 160 frames of 512 x 512 takes no more memory than 20 of 40."""
     code = PEAK_BYTES + (

@@ -360,6 +360,7 @@ def test_metaimage_headers_that_are_wrong(tmp_path, line, word):
 # ---------------------------------------------------------------- lazily
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "ending", [".nii.gz", ".nii", ".mha", "z.nrrd", ".tif", "lzw.tif", ".ome.zarr"]
 )
@@ -431,6 +432,7 @@ def test_unpacking_leaves_nothing_and_says_when_there_is_no_room(tmp_path, monke
         read_volume(path)
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_unpacking_is_one_line(tmp_path):
     path = saved(tmp_path / "v.nii.gz", chest(20, 128, 128))
     code = f"""
@@ -463,6 +465,7 @@ def test_more_than_the_memory_is_refused_before_it_is_taken(tmp_path, monkeypatc
 # ---------------------------------------------------------------- TIFF
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["imagej", "bigtiff"])
 def test_stacks_of_more_than_four_gigabytes(tmp_path, how):
     shape, marks = (2200, 1024, 1024), {0: 11, 1100: 22, 2150: 33, 2199: 44}
@@ -773,6 +776,7 @@ def test_ome_zarr_keeps_one_layer_and_says_if_it_cannot(tmp_path, monkeypatch):
         assert np.array_equal(np.asarray(scan.array), grey)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mark", [".zattrs", "0/.zarray", "zarr.json", "0/zarr.json"])
 def test_pipes_in_an_ome_zarr_are_not_waited_for(tmp_path, mark):
     version = 3 if "json" in mark else 2

@@ -703,6 +703,7 @@ def test_tiff_of_four_dimensions(tmp_path):
 # ---------------------------------------------------------------- writing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", FILES)
 def test_missing_folder_and_failed_write_leave_nothing_new(tmp_path, scan, ending):
     with pytest.raises(FileError, match="folder does not exist"):
@@ -761,6 +762,7 @@ def test_the_notice_and_masks_travel(tmp_path, scan, ending):
     assert np.array_equal(mask.array, scan.array > 0)
 
 
+@pytest.mark.slow
 def test_memory_of_reading_does_not_balloon(tmp_path):
     hu = chest(64, 256, 256)
     write_volume(tmp_path / "v.mha", Volume(hu, (2.0, 0.6, 0.6)))

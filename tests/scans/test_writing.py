@@ -277,6 +277,7 @@ def test_dicom_says_what_it_is(tmp_path: Path) -> None:
     assert again.SOPInstanceUID != slices[0].SOPInstanceUID  # another object, another name
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("dciodvfy"), reason="dciodvfy (dicom3tools) is not installed")
 @pytest.mark.parametrize("unit", ["HU", "grey"])
 def test_dciodvfy_finds_no_error(tmp_path: Path, unit: str) -> None:
@@ -457,6 +458,7 @@ def go(process: subprocess.Popen[str]) -> None:
     process.stdin.flush()
 
 
+@pytest.mark.slow
 @posix
 def test_kill_9_at_random_moments(
     tmp_path: Path, begun: dict[str, Path], whole: dict[str, dict[str, str]]
@@ -482,6 +484,7 @@ def test_kill_9_at_random_moments(
 STEPS = ("replace", "link", "unlink", "rmdir", "mkdir", "fsync", "open")
 
 
+@pytest.mark.slow
 @posix
 @pytest.mark.filterwarnings("ignore:.*fork.*")
 @pytest.mark.parametrize("ending", [".nrrd", ".nii.gz", ".dicom"])
@@ -536,6 +539,7 @@ def die_at(step: int, folder: Path, ending: str) -> int:
     return int(steps) if steps else -1
 
 
+@pytest.mark.slow
 @posix
 @pytest.mark.parametrize("ending", [".ome.zarr", ".nii.gz"])
 def test_three_processes_at_once(
@@ -553,6 +557,7 @@ def test_three_processes_at_once(
     assert content(folder) == whole[ending]
 
 
+@pytest.mark.slow
 @posix
 def test_two_processes_at_the_same_slices(tmp_path: Path) -> None:
     holder = child(tmp_path, ".mha", (2, 3), 30.0)
@@ -756,6 +761,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", WRITABLE)
 def test_full_disk(
     small_disk: Path, begun: dict[str, Path], whole: dict[str, dict[str, str]], ending: str
@@ -772,6 +778,7 @@ def test_full_disk(
     assert content(small_disk) == whole[ending]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", WRITABLE)
 def test_full_disk_leaves_the_earlier_volume(small_disk: Path, ending: str) -> None:
     path = small_disk / f"v{ending}"
@@ -805,6 +812,7 @@ print(json.dumps(peaks))
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [".mha", ".nii.gz", ".ome.zarr"])
 def test_memory_does_not_grow_with_the_slices(tmp_path: Path, ending: str) -> None:
     """1000 slices are 51 MB: kept, they would show."""

@@ -25,6 +25,8 @@ from mmsr.networks.weights import load_generator
 from mmsr.training.run_folder import list_checkpoints, load_checkpoint, read_history
 from mmsr.training.settings import LoopSettings
 
+pytestmark = pytest.mark.slow
+
 WORKER = """
 import json, sys
 import torch

@@ -49,6 +49,8 @@ from mmsr.training.settings import LoopSettings
 from mmsr.training.sr_cyclegan import cyclegan_settings, train_sr_cyclegan
 from mmsr.training.sr_unit import train_sr_unit, unit_settings
 
+pytestmark = pytest.mark.slow
+
 KILLS = int(os.environ.get("MMSR_KILLS", "6"))
 LOOP = {
     "steps": 24,
@@ -145,15 +147,6 @@ def write_banks(folder: Path) -> tuple[PatchBank, PatchBank]:
             )
         )
     return banks[0], banks[1]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sum in one order, as the killed processes do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

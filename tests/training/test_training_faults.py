@@ -23,13 +23,7 @@ from mmsr.training.health import HealthError
 from mmsr.training.run_folder import list_checkpoints, load_checkpoint, locked, read_history
 from mmsr.training.settings import HealthSettings, LoopSettings
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
