@@ -197,14 +197,10 @@ def _as_patient(
     settings: PrepareSettings, i: int, volume: Volume, mask: np.ndarray, places: Mapping[str, Any]
 ) -> Case:
     """Give a clinical scan its name, its scale and its grey scale."""
-    window = _window(settings.clinical_window, "HU") or CLINICAL_WINDOW
+    given = settings.clinical_window
+    window = Window(*given, "HU") if given else CLINICAL_WINDOW
     name, source, scale = f"patient-{i}", "patient data", settings.scale
     return Case(name, volume, mask, source, places=places, scale=scale, window=window)
-
-
-def _window(given: tuple[float, float] | None, unit: str) -> Window | None:
-    """Give the user's window, if there is one (R11, R17)."""
-    return given and Window(*given, unit)
 
 # %% ../../nbs/8_app/02_prepare.ipynb #8abc5eba
 def micro_cases(settings: PrepareSettings) -> list[Case]:
@@ -239,7 +235,8 @@ def _as_specimen(
         if mask is not None:
             mask = resample_in_plane(volume._replace(array=mask), pixel_mm).array >= 0.5
         volume = resample_in_plane(volume, pixel_mm)
-    window = _window(settings.micro_window, volume.unit)
+    given = settings.micro_window
+    window = Window(*given, volume.unit) if given else None
     if mask is None:
         mask = specimen_mask(volume, window=window)
     return Case(name, volume, mask, source, window=window or micro_window(volume, mask))
@@ -280,7 +277,7 @@ class PreparedData(NamedTuple):
             + ("" if self.record.settings["held_out"] else " (seen in training)"),
         ]
 
-
+# %% ../../nbs/8_app/02_prepare.ipynb #eac12c73
 def prepare(settings: PrepareSettings | Mapping[str, Any]) -> PreparedData:
     """Make or read cases, cut patches for training, and keep the held-out cases (Sec. 2.5, 3).
 
@@ -312,29 +309,14 @@ def prepare(settings: PrepareSettings | Mapping[str, Any]) -> PreparedData:
     train, test = split_cases(names, held_out=held, seed=settings.seed) if held else (names, names)
     clear_prepared(folder)  # its held-out cases may now be in training
     patient, specimen = patients[0], specimens[0]
-    common: dict[str, Any] = {
-        "per_case": settings.patches_per_case,
-        "seed": settings.seed,
-        "overwrite": True,
-    }
     x_cases = [PatchCase(c.name, c.volume, c.mask) for c in patients if c.name in train]
     y_cases = [PatchCase(c.name, c.volume, c.mask, c.window) for c in specimens]
-    x_bank = write_bank(
-        folder / "clinical",
-        x_cases,
-        modality="clinical",
-        size=settings.patch_size,
-        window=patient.window,
-        **common,
-    )
-    y_bank = write_bank(
-        folder / "micro",
-        y_cases,
-        modality="micro",
-        size=settings.scale * settings.patch_size,
-        window=specimen.window,
-        **common,
-    )
+    common: Any = {"per_case": settings.patches_per_case, "seed": settings.seed, "overwrite": True}
+    side = settings.patch_size
+    common |= {"modality": "clinical", "size": side, "window": patient.window}
+    x_bank = write_bank(folder / "clinical", x_cases, **common)
+    common |= {"modality": "micro", "size": settings.scale * side, "window": specimen.window}
+    y_bank = write_bank(folder / "micro", y_cases, **common)
     for case in patients:
         if case.name in test:
             save_case(folder / "cases", case._replace(seen=case.name in train))
