@@ -803,7 +803,7 @@ def test_other_refusals(
         (["prepare", "--out", "OUT", "-p", "out=x"], ["NAME.ipynb"]),
         (["prepare"], ["--out NOTEBOOK", "--plain"]),
         (["prepare", "--plain", "--out", "OUT/n.ipynb"], ["--out NOTEBOOK", "--plain"]),
-        (["prepare", "--plain", "-p", "sizes=8"], ["sizes", "size"]),
+        (["prepare", "--plain", "-p", "out=x", "-p", "sizes=8"], ["sizes", "size"]),
         (["evaluate", "--plain"], ["evaluate", "as a notebook only"]),
         (["prepare", "--out", "OUT/n.txt", "-p", "out=x"], ["n.txt", "NAME.ipynb"]),
     ],
