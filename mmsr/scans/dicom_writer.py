@@ -65,12 +65,11 @@ def _refer(to: Target, z: int, data: Any) -> None:
     from pydicom.dataset import Dataset
 
     source = to.volume.source
-    data.FrameOfReferenceUID = _uid(to, "frame of reference")
-    if source is not None and source.frame_of_reference:
-        data.FrameOfReferenceUID = source.frame_of_reference
-    if source is not None and all(source.instances[z][:2]):
+    shared = source.frame_of_reference if source else ""
+    data.FrameOfReferenceUID = shared or _uid(to, "frame of reference")
+    sop_class, instance, frame = source.instances[z] if source else ("", "", 0)
+    if sop_class and instance:
         made_from, purpose = Dataset(), Dataset()
-        sop_class, instance, frame = source.instances[z]
         made_from.ReferencedSOPClassUID, made_from.ReferencedSOPInstanceUID = sop_class, instance
         if frame:
             made_from.ReferencedFrameNumber = frame
@@ -128,18 +127,18 @@ def _open(to: Target) -> Writer:
 
 def _whole(to: Target) -> bool:
     """Look at the ends of the files: nothing comes after the pixels, and their length before them."""
-    length, slices = to.plane_bytes, range(len(to.volume.array))
-    ends = length.to_bytes(4, "little")
-    return all(ends_with(_file(to, z), ends, length + 4) for z in slices)
+    length = to.plane_bytes.to_bytes(4, "little")
+    files = [_file(to, z) for z in range(len(to.volume.array))]
+    return all(ends_with(file, length, to.plane_bytes + 4) for file in files)
 
 
 def _check(name: str, volume: Volume) -> None:
     """Refuse slices whose sources are not known one by one."""
-    depth, source = volume.array.shape[0], volume.source
-    if source is not None and len(source.instances) != depth:
+    depth, known = volume.array.shape[0], volume.source and len(volume.source.instances)
+    if known not in (None, depth):
         raise ShapeError(
-            f"{name}: expected a source for each of {depth} slices, got "
-            f"{len(source.instances)}; take slices with Volume.take"
+            f"{name}: expected a source for each of {depth} slices, got {known}; take slices with "
+            "Volume.take"
         )
 
 

@@ -21,9 +21,9 @@ SMALLEST = 256  # pixels: where a pyramid ends
 def pyramid_shapes(shape: tuple[int, int], smallest: int = SMALLEST) -> list[tuple[int, int]]:
     """Halve height and width, odd ones rounded up, until neither is longer than `smallest`."""
     shapes = [shape]
-    while max(shapes[-1]) > smallest:
-        height, width = shapes[-1]
-        shapes.append((-(-height // 2), -(-width // 2)))
+    while max(shape) > smallest:
+        shape = (shape[0] + 1) // 2, (shape[1] + 1) // 2
+        shapes.append(shape)
     return shapes
 
 
@@ -60,19 +60,15 @@ def _attributes(to: Target) -> dict[str, Any]:
     for k, _ in enumerate(pyramid_shapes(volume.array.shape[1:])):
         scale = np.asarray(volume.spacing_mm) * (1, 2**k, 2**k)
         first = along + (scale - volume.spacing_mm) / 2
-        transforms = [
-            {"type": "scale", "scale": scale.tolist()},
-            {"type": "translation", "translation": first.tolist()},
-        ]
+        places = {"scale": scale.tolist(), "translation": first.tolist()}
+        transforms = [{"type": kind, kind: place} for kind, place in places.items()]
         datasets.append({"path": str(k), "coordinateTransformations": transforms})
     axes = [{"name": a, "type": "space", "unit": "millimeter"} for a in "zyx"]
     scales = {"name": name, "axes": axes, "datasets": datasets, "type": "mean"}
     grid = {name: list(values) for name, values in volume.grid._asdict().items()}
     said = {"modality": volume.modality, "unit": volume.unit, "notice": to.notice}
-    return {
-        "ome": {"version": "0.5", "multiscales": [scales]},
-        "mmsr": {"space": "LPS", **grid, **said},
-    }
+    ome = {"version": "0.5", "multiscales": [scales]}
+    return {"ome": ome, "mmsr": {"space": "LPS", **grid, **said}}
 
 # %% ../../nbs/5_scans/10b_ome_zarr_writer.ipynb #0f26265a
 CHUNK = 512  # pixels: what a viewer unpacks at once; at a slice's end it is filled up with zeros
@@ -91,15 +87,9 @@ def _open_level(path: Path, shape: tuple[int, int, int], dtype: np.dtype, sync: 
     chunk, shard = _filled(shape[1:])
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     blosc = {"cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "typesize": dtype.itemsize}
-    sharding = {
-        "chunk_shape": [1, *chunk],
-        "codecs": [
-            {"name": "bytes"} if dtype.itemsize == 1 else little,
-            {"name": "blosc", "configuration": blosc},
-            {"name": "crc32c"},  # a bit that falls over on the disk is found by every reader
-        ],
-        "index_codecs": [little, {"name": "crc32c"}],
-    }
+    check = {"name": "crc32c"}  # a bit that falls over on the disk is found by every reader
+    packed = [little, {"name": "blosc", "configuration": blosc}, check]
+    sharding = {"chunk_shape": [1, *chunk], "codecs": packed, "index_codecs": [little, check]}
     metadata = {
         "shape": shape,
         "data_type": dtype.name,
@@ -108,14 +98,11 @@ def _open_level(path: Path, shape: tuple[int, int, int], dtype: np.dtype, sync: 
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [1, *shard]}},
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
     }
-    spec = {
-        "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": str(path)},
-        "metadata": metadata,
-        "store_data_equal_to_fill_value": True,  # a slice of zeros is a slice: its file must exist
-    }
+    store = {"driver": "file", "path": str(path)}
+    # a slice of zeros is a slice: its file must exist
+    spec = {"driver": "zarr3", "kvstore": store, "store_data_equal_to_fill_value": True}
     context = ts.Context({"file_io_sync": sync})
-    return ts.open(spec, create=True, open=True, context=context).result()
+    return ts.open(spec | {"metadata": metadata}, create=True, open=True, context=context).result()
 
 # %% ../../nbs/5_scans/10b_ome_zarr_writer.ipynb #8181d3dc
 def _open(to: Target) -> Writer:
@@ -131,12 +118,10 @@ def _open(to: Target) -> Writer:
     ]
 
     def put(z: int, plane: np.ndarray) -> None:
-        stored = [
-            store[z].write(level, can_reference_source_data_indefinitely=True)  # until it is stored
-            for store, level in zip(stores, pyramid(plane), strict=True)
-        ]
-        for level in stored:
-            level.result()
+        levels = zip(stores, pyramid(plane), strict=True)  # kept until they are stored: no copies
+        parts = [s[z].write(p, can_reference_source_data_indefinitely=True) for s, p in levels]
+        for part in parts:
+            part.result()
 
     def join() -> None:
         for lock in to.path.rglob("*.__lock"):  # left by a kill beside what was written anew

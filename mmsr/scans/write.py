@@ -22,20 +22,10 @@ from ..core import FileError, GeometryError, RangeError, ShapeError, disk_errors
 from ..data.volume import Volume
 from .dicom_writer import DICOM
 from .ome_zarr_writer import OME_ZARR
-from mmsr.scans.slice_writers import (
-    MHA,
-    NIFTI,
-    NIFTI_GZ,
-    NRRD,
-    Format,
-    Identity,
-    Target,
-    Writer,
-    new_identity,
-)
+from .slice_writers import HEADED, Format, Identity, Target, Writer, new_identity
 
 # %% ../../nbs/5_scans/11_write.ipynb #69df1d4f
-FORMATS: tuple[Format, ...] = (MHA, NRRD, NIFTI, NIFTI_GZ, OME_ZARR, DICOM)
+FORMATS: tuple[Format, ...] = (*HEADED, OME_ZARR, DICOM)
 WRITABLE = tuple(known.ending for known in FORMATS)
 THREADS = min(8, max(2, (os.cpu_count() or 2) // 2))  # that store slices
 
@@ -79,19 +69,17 @@ def check_writable(path: str | Path, volume: Volume) -> np.dtype:
             f"{name}: {wanted.ending} holds up to {wanted.limit} voxels along an axis, got "
             f"{max(shape)}; write .ome.zarr"
         )
-    if not (np.isfinite(volume.spacing_mm).all() and min(volume.spacing_mm) > 0):
-        raise GeometryError(f"{name}: expected positive voxel sizes, got {volume.spacing_mm}")
-    turn = np.reshape(volume.direction, (3, 3))
-    if not (np.isfinite(volume.origin_mm).all() and np.abs(turn.T @ turn - np.eye(3)).max() < 1e-4):
+    turn, sizes = np.reshape(volume.direction, (3, 3)), np.concatenate(volume.grid)
+    askew = np.abs(turn.T @ turn - np.eye(3)).max() > 1e-4
+    if askew or not (np.isfinite(sizes).all() and min(volume.spacing_mm) > 0):
         raise GeometryError(
-            f"{name}: expected a finite origin and axes at right angles, got {volume.origin_mm} and "
-            f"{volume.direction}; resample the scan first"
+            f"{name}: expected positive voxel sizes, a finite origin and axes at right angles, got "
+            f"{', '.join(map(str, volume.grid))}; resample the scan first"
         )
-    first, *others = wanted.types
     if dtype.kind == "b":
         dtype = np.dtype(np.uint8)
-    if not others and np.can_cast(dtype, first):
-        dtype = np.dtype(first)
+    if len(wanted.types) == 1 and np.can_cast(dtype, wanted.types[0]):
+        dtype = np.dtype(wanted.types[0])
     if dtype.name not in wanted.types:
         held = ", ".join(wanted.types)
         raise RangeError(f"{name}: {dtype} has no place in {wanted.ending}, which holds {held}")
