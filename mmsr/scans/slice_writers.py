@@ -160,17 +160,21 @@ space origin: {origin}
 def _nifti_header(to: Target) -> bytes:
     """Make the header of a NIfTI-1 file, 352 bytes."""
     import nibabel
+    from scipy.spatial.transform import Rotation
 
-    volume, ras = to.volume, np.diag([-1.0, -1.0, 1.0])  # from LPS
+    volume, (x, y, z) = to.volume, to.volume.origin_mm
+    turn = np.diag([-1.0, -1.0, 1.0]) @ np.reshape(volume.direction, (3, 3))  # LPS to RAS
     affine = np.eye(4)
-    affine[:3, :3] = ras @ np.reshape(volume.direction, (3, 3)) * volume.spacing_mm[::-1]
-    affine[:3, 3] = ras @ volume.origin_mm
+    affine[:3] = np.column_stack([turn * volume.spacing_mm[::-1], (-x, -y, z)])
     header = nibabel.Nifti1Header(endianness="<")
     header.set_data_dtype(to.dtype)
     header.set_data_shape(volume.array.shape[::-1])
     header.set_xyzt_units("mm")
     header.set_qform(affine, 1)
     header.set_sform(affine, 1)
+    handed = turn * [1, 1, header["pixdim"][0]]  # a quaternion cannot mirror
+    quaternion = Rotation.from_matrix(handed).as_quat(canonical=True)  # of two, always the same
+    header["quatern_b"], header["quatern_c"], header["quatern_d"] = quaternion[:3]
     header.set_slope_inter(1, 0)
     header["descrip"], header["vox_offset"], header["pixdim"][4:] = to.notice.encode(), 352, 0
     return bytes(header.binaryblock) + bytes(4)
