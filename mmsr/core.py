@@ -105,22 +105,27 @@ def disk_errors(name: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`, of the same endings; move it there if the block ends well.
+def atomic_write(
+    path: str | Path, *, folder: Path | None = None, sync: bool = True
+) -> Iterator[Path]:
+    """Give a temporary path of the same endings; move it to `path` if the block ends well.
 
-    On any error it is removed, and an earlier file stays as it was: `FileError` where the folder is
+    It lies beside `path`, or in another `folder` of the disk; with `sync` the disk has it before it
+    is moved. On any error it is removed, and an earlier file stays as it was: `FileError` where the folder is
     missing or may not be written, `ResourceError` when the disk is full.
     """
     path = Path(path)
     if not path.parent.is_dir():
         raise FileError(f"{path}: its folder does not exist; create {path.parent} first")
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{''.join(path.suffixes)}")
+    name = f".{path.name}.{uuid.uuid4().hex}{''.join(path.suffixes)}"
+    temporary = (folder or path.parent) / name
     with disk_errors(path):
         temporary.touch()
         try:
             yield temporary
-            with open(temporary, "rb+") as f:
-                os.fsync(f.fileno())
+            if sync:
+                with open(temporary, "rb+") as f:
+                    os.fsync(f.fileno())
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -137,8 +137,7 @@ def _check(name: str, volume: Volume) -> None:
     depth, known = volume.array.shape[0], volume.source and len(volume.source.instances)
     if known not in (None, depth):
         raise ShapeError(
-            f"{name}: expected a source for each of {depth} slices, got {known}; take slices with "
-            "Volume.take"
+            f"{name}: expected a source for each of {depth} slices, got {known}; use Volume.take"
         )
 
 

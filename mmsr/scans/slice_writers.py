@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TYPES', 'MHA', 'NRRD', 'NIFTI', 'NIFTI_GZ', 'HEADED', 'Identity', 'new_identity', 'Target', 'Writer', 'read_start',
-           'Format', 'wait_for_disk', 'raw_format', 'write_piece', 'ends_with']
+           'Format', 'raw_format', 'write_piece', 'ends_with']
 
 # %% ../../nbs/5_scans/10_slice_writers.ipynb #303ae42f
 import contextlib
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..core import RESEARCH_ONLY
+from ..core import RESEARCH_ONLY, atomic_write
 from ..data.volume import Volume
 
 # %% ../../nbs/5_scans/10_slice_writers.ipynb #a6761216
@@ -77,9 +77,10 @@ TYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "float32", "floa
 
 
 def read_start(path: Path) -> bytes:
-    """Read the beginning of a file, 16 kB."""
-    with path.open("rb") as f:
-        return f.read(1 << 14)
+    """Read the beginning of a file, 16 kB, unpacked."""
+    opened: Any = gzip.open if path.suffix.lower() == ".gz" else open
+    with opened(path, "rb") as f:
+        return bytes(f.read(1 << 14))
 
 
 class Format(NamedTuple):
@@ -180,13 +181,6 @@ def _nifti_header(to: Target) -> bytes:
     return bytes(header.binaryblock) + bytes(4)
 
 # %% ../../nbs/5_scans/10_slice_writers.ipynb #46596178
-def wait_for_disk(file: Any, sync: bool) -> None:
-    """Wait until the disk has an open file, if that is wanted."""
-    if sync:
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def raw_format(ending: str, header: Callable[[Target], bytes], limit: int = 2**31) -> Format:
     """Describe a format that is a header and the slices behind it."""
 
@@ -201,7 +195,9 @@ def raw_format(ending: str, header: Callable[[Target], bytes], limit: int = 2**3
             with to.path.open("r+b") as f:
                 f.seek(len(front) + z * to.plane_bytes)
                 f.write(plane.data)
-                wait_for_disk(f, to.sync)
+                if to.sync:
+                    f.flush()
+                    os.fsync(f.fileno())
 
         return Writer(put)
 
@@ -218,20 +214,15 @@ NIFTI = raw_format(".nii", _nifti_header, 32767)
 # %% ../../nbs/5_scans/10_slice_writers.ipynb #65c49782
 def write_piece(path: Path, write: Callable[[Any], object], sync: bool) -> None:
     """Write a file that is there whole or not at all; what a kill leaves lies outside its folder."""
-    temporary = path.parent.with_name(f"{uuid.uuid4().hex}.part")
-    try:
+    with atomic_write(path, folder=path.parent.parent, sync=sync) as temporary:
         with temporary.open("wb") as f:
             write(f)
-            wait_for_disk(f, sync)
-        os.replace(temporary, path)
-        if sync and os.name == "posix":  # the name, too
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
+    if sync and os.name == "posix":  # the name, too
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def ends_with(file: Path, what: bytes, at: int) -> bool:
@@ -281,18 +272,11 @@ def _gzip_whole(to: Target) -> bool:
     return ends_with(to.path, last.to_bytes(4, "little"), 4)
 
 
-def _gzip_start(path: Path) -> bytes:
-    """Unpack the beginning."""
-    with gzip.open(path) as f:
-        return f.read(1 << 14)
-
-
 NIFTI_GZ = NIFTI._replace(
     ending=".nii.gz",
     open=_open_gzip,
     pieces=_gzip_pieces,
     whole=_gzip_whole,
-    start=_gzip_start,
     stored=lambda height, width: 2 * height * width,  # for a moment: chained, and in pieces
 )
 HEADED = (MHA, NRRD, NIFTI, NIFTI_GZ)
