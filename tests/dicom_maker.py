@@ -21,7 +21,8 @@ from pydicom.uid import (
 )
 
 from mmsr.core import MMSRError
-from mmsr.scans.read import read_heads, read_volume
+from mmsr.scans.dicom_series import DICOM
+from mmsr.scans.read import read_volume
 
 PACKED = {
     JPEGLSLossless: imagecodecs.jpegls_encode,
@@ -137,7 +138,7 @@ def change(path, **tags):
 
 def heads_of(folder):
     """Read what the files of a folder say."""
-    return [head for path in sorted(folder.iterdir()) for head in read_heads("dicom", path)]
+    return [head for path in sorted(folder.iterdir()) for head in DICOM.inspect(path)]
 
 
 def refused(kind, path, *words, **options):

@@ -14,10 +14,11 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
-from ..inference.sr_slices import SRSlice
 
 from ..core import RESEARCH_ONLY, RangeError, SettingsError, ShapeError, add_scale_bar
 from ..data.volume import Volume, block_mean
+from ..inference.sr_slices import SRSlice
+from ..losses.mmsr import MMSRTerms
 from ..training.run_folder import read_history
 
 # %% ../../nbs/7_evaluation/03_figures.ipynb #05acb265
@@ -26,12 +27,12 @@ LARGEST_PIXEL_MM = 2.5  # no chest CT has larger pixels in plane
 
 
 def side_by_side(
-    columns: Mapping[str, np.ndarray],
-    places: Mapping[str, Sequence[int]],
+    columns: Mapping[str, Volume | np.ndarray],
+    places: Mapping[str, Sequence[int]] | None = None,
     *,
-    crop_mm: float,
-    spacing_mm: float,
-    title: str,
+    title: str = "",
+    crop_mm: float = 20.0,
+    spacing_mm: float | None = None,
     window: tuple[float, float] = LUNG_WINDOW,
     panel_in: float = 1.95,
 ) -> Figure:
@@ -39,17 +40,18 @@ def side_by_side(
 
     Parameters
     ----------
-    columns : Mapping of str to ndarray, shape (y, x) or (z, y, x)
+    columns : Mapping of str to Volume or ndarray, shape (y, x) or (z, y, x)
         First the clinical input; then any images on its grid or on one that is a whole number of
         times finer, HU. At most seven.
-    places : Mapping of str to sequence of int
-        Names of the rows, and (z, y, x) or (y, x) on the grid of the first column.
+    places : Mapping of str to sequence of int, optional
+        Names of the rows, and (z, y, x) or (y, x) on the grid of the first column. Without it, a
+        detail of the middle slice that is worth showing.
+    title : str, optional
+        Must say phantom or patient; the window is added to it. A volume says it itself.
     crop_mm : float
         Side of each crop.
-    spacing_mm : float
-        In-plane pixel size of the finest column (the SR grid, as in `measure_slice`).
-    title : str
-        Must say phantom or patient; the window is added to it.
+    spacing_mm : float, optional
+        In-plane pixel size of the finest column; a volume knows its own.
     window : tuple of float
         HU drawn black and white.
     panel_in : float
@@ -66,16 +68,23 @@ def side_by_side(
     SettingsError
         If the title does not say whose data it shows, or there are too many columns.
     RangeError
-        If `spacing_mm` would make the clinical pixels larger than any scanner's.
+        If the clinical pixels have no size, or one larger than any scanner's.
     """
+    volumes = {name: column for name, column in columns.items() if isinstance(column, Volume)}
+    images = {name: c.array if isinstance(c, Volume) else c for name, c in columns.items()}
+    title = title or next(map(_whose, volumes.values()), "")
     _check_title(title)
-    if not (1 <= len(columns) <= 7 and places):
+    if not 1 <= len(images) <= 7 or (places is not None and not places):
         raise SettingsError(
-            f"columns: expected 1 to 7 columns and 1 place or more, got {len(columns)} and "
-            f"{len(places)}; draw a second figure"
+            f"columns: expected 1 to 7 columns and 1 place or more, got {len(images)} and "
+            f"{len(places or ())}; draw a second figure"
         )
-    grid = np.shape(next(iter(columns.values())))[-2:]
-    ratios = {name: _ratio(name, np.shape(image), grid) for name, image in columns.items()}
+    first = next(iter(images.values()))
+    grid = np.shape(first)[-2:]
+    ratios = {name: _ratio(name, np.shape(image), grid) for name, image in images.items()}
+    if spacing_mm is None:
+        known = (v.spacing_mm[1] * ratios[name] for name, v in volumes.items())
+        spacing_mm = next(known, 0.0) / max(ratios.values())
     clinical_mm = spacing_mm * max(ratios.values())
     if not 0 < clinical_mm <= LARGEST_PIXEL_MM:  # a wrong grid would mean a wrong scale bar
         raise RangeError(
@@ -83,54 +92,57 @@ def side_by_side(
             f"most {LARGEST_PIXEL_MM:g} mm, pass the pixel size of the finest column"
         )
     side = min(max(round(crop_mm / clinical_mm), 1), *grid)
-    planes = {
-        (place, name): _plane(name, image, place, position, grid)
-        for place, position in places.items()
-        for name, image in columns.items()
-    }
+    places = places or {"detail": _detail_of(first, side)}
     figure, axes = plt.subplots(
         len(places),
-        len(columns),
-        figsize=(panel_in * len(columns) + 0.3, panel_in * len(places) + 0.8),
+        len(images),
+        figsize=(panel_in * len(images) + 0.3, panel_in * len(places) + 0.8),
         dpi=80,
         squeeze=False,
         layout="constrained",
     )
-    for number, (place, position) in enumerate(places.items()):
-        row = axes[number]
+    for row, (place, position) in zip(axes, places.items(), strict=True):
         corner = [
             min(max(p - side // 2, 0), size - side)
             for p, size in zip(position[-2:], grid, strict=True)
         ]
-        for ax, name in zip(row, columns, strict=True):
+        for ax, (name, image) in zip(row, images.items(), strict=True):
             top, left, length = (ratios[name] * v for v in (*corner, side))
-            ax.imshow(
-                planes[place, name][top : top + length, left : left + length],
-                cmap="gray",
-                vmin=window[0],
-                vmax=window[1],
-                interpolation="nearest",
-            )
-            ax.set(xticks=[], yticks=[])
+            plane = _plane(name, image, place, position, grid)
+            _draw(ax, plane[top : top + length, left : left + length], window)
             if ax is row[0]:
                 ax.set_ylabel(place, fontsize=11)
                 add_scale_bar(ax, clinical_mm / ratios[name], length)
-            if not number:
+            if ax in axes[0]:
                 ax.set_title(textwrap.fill(name, max(int(10 * panel_in), 8)), fontsize=10)
     figure.suptitle(f"{title}; {_range_hu(window)}", fontsize=11)
     plt.close(figure)  # the caller shows it: otherwise a notebook draws it twice
     return figure
 
-
+# %% ../../nbs/7_evaluation/03_figures.ipynb #bd3199f6
 def _check_title(title: str) -> None:
     """A picture of a phantom must not be taken for a patient."""
     if not any(word in title.lower() for word in ("phantom", "patient")):
         raise SettingsError(f"title: must say phantom or patient, got {title!r}")
 
 
+def _whose(volume: Volume) -> str:
+    """Tell whose data a volume shows."""
+    phantom = any("phantom" in note.lower() for note in volume.notes)
+    return "phantom" if phantom else "patient data"
+
+
 def _range_hu(window: tuple[float, float]) -> str:
     """Write a grey window for a title."""
     return f"{window[0]:g} … {window[1]:g} HU".replace("-", "−")
+
+
+def _draw(
+    ax: Any, image: np.ndarray, window: tuple[float, float], interpolation: str | None = "nearest"
+) -> None:
+    """Draw an image in grey, each pixel a flat square."""
+    ax.imshow(image, cmap="gray", vmin=window[0], vmax=window[1], interpolation=interpolation)
+    ax.set(xticks=[], yticks=[])
 
 
 def _ratio(name: str, shape: tuple[int, ...], grid: tuple[int, ...]) -> int:
@@ -149,13 +161,33 @@ def _plane(
     """Take the slice of a volume in which a place lies."""
     if any(not 0 <= p < size for p, size in zip(position[-2:], grid, strict=True)):
         raise ShapeError(f"places: {place} at {tuple(position)} is outside the grid {grid}")
-    if np.ndim(image) == 2:
+    if len(np.shape(image)) == 2:
         return np.asarray(image)
     if len(position) != 3 or not 0 <= position[0] < len(image):
         raise ShapeError(
             f"places: {place} at {tuple(position)} names no slice of {name}, shape {image.shape}"
         )
     return np.asarray(image[position[0]])
+
+
+def _detail_of(image: np.ndarray, side: int) -> tuple[int, int, int]:
+    """Find the middle of a detail worth showing in the middle slice."""
+    z = len(image) // 2 if len(np.shape(image)) == 3 else 0
+    top, left = _busiest(np.asarray(image[z] if len(np.shape(image)) == 3 else image), side)
+    return z, top + side // 2, left + side // 2
+
+
+def _busiest(low: np.ndarray, side: int) -> tuple[int, int]:
+    """Find a detail worth showing: nearly all lung, with much in it; else the middle."""
+    aerated = (low > -980) & (low < -500)
+    best, where = 0.0, ((low.shape[0] - side) // 2, (low.shape[1] - side) // 2)
+    for top in range(0, low.shape[0] - side + 1, max(side // 4, 1)):
+        for left in range(0, low.shape[1] - side + 1, max(side // 4, 1)):
+            cut = (slice(top, top + side), slice(left, left + side))
+            score = float(aerated[cut].mean() > 0.75) * float(np.clip(low[cut], -1000, 100).std())
+            if score > best:
+                best, where = score, (top, left)
+    return where
 
 # %% ../../nbs/7_evaluation/03_figures.ipynb #1444ecc5
 def consistency_figure(
@@ -207,9 +239,7 @@ def _draw_consistency(ax: Any, values: np.ndarray, spacing_mm: float, limit_hu: 
     return shown
 
 
-def overview(
-    volume: Volume, one: SRSlice, *, title: str | None = None, panel_in: float = 3.4
-) -> Figure:
+def overview(volume: Volume, one: SRSlice, *, title: str = "", panel_in: float = 3.4) -> Figure:
     """Draw one slice of a job: SR, a detail of input and SR, and the consistency map.
 
     Parameters
@@ -228,9 +258,7 @@ def overview(
     Figure
         Four panels.
     """
-    if title is None:
-        phantom = any("phantom" in note.lower() for note in volume.notes)
-        title = "phantom" if phantom else "patient data"
+    title = title or _whose(volume)
     _check_title(title)
     low, high = volume.array[one.z], one.sr
     scale, step = high.shape[1] // low.shape[1], volume.spacing_mm[2]
@@ -248,8 +276,7 @@ def overview(
     size_in = (panel_in * 4, panel_in + 0.5)
     figure, axes = plt.subplots(1, 4, figsize=size_in, dpi=80, layout="constrained")
     for ax, (image, name, pixel_mm) in zip(axes, panels, strict=False):
-        ax.imshow(image, cmap="gray", vmin=LUNG_WINDOW[0], vmax=LUNG_WINDOW[1])
-        ax.set(xticks=[], yticks=[])
+        _draw(ax, image, LUNG_WINDOW, None)
         ax.set_title(name, fontsize=10)
         add_scale_bar(ax, pixel_mm, image.shape[1])
     frame = plt.Rectangle((left * half, top * half), side * half, side * half, fill=False, ec="C1")
@@ -259,19 +286,6 @@ def overview(
     figure.suptitle(f"{title}; {_range_hu(LUNG_WINDOW)}. {RESEARCH_ONLY}", fontsize=11)
     plt.close(figure)
     return figure
-
-
-def _busiest(low: np.ndarray, side: int) -> tuple[int, int]:
-    """Find a detail worth showing: nearly all lung, with much in it; else the middle."""
-    aerated = (low > -980) & (low < -500)
-    best, where = 0.0, ((low.shape[0] - side) // 2, (low.shape[1] - side) // 2)
-    for top in range(0, low.shape[0] - side + 1, max(side // 4, 1)):
-        for left in range(0, low.shape[1] - side + 1, max(side // 4, 1)):
-            cut = (slice(top, top + side), slice(left, left + side))
-            score = float(aerated[cut].mean() > 0.75) * float(np.clip(low[cut], -1000, 100).std())
-            if score > best:
-                best, where = score, (top, left)
-    return where
 
 # %% ../../nbs/7_evaluation/03_figures.ipynb #bf92fb99
 def training_curves(
@@ -328,20 +342,18 @@ def training_curves(
     return figure
 
 
-PANELS = {
-    "adversary": ("adversarial_x", "adversarial_y", "d_x", "d_y"),
-    "cycle": (
-        *("cycle_x", "cycle_y", "identity_x", "identity_y"),
-        *("reconstruction_x", "reconstruction_y", "latent"),
-    ),
-    "MMSR terms": ("structure_x", "structure_y", "down", "up"),
+PANELS = {  # the beginnings of the columns' names
+    "adversary": ("adversarial", "d_"),
+    "cycle": ("cycle", "identity", "reconstruction", "latent"),
+    "MMSR terms": MMSRTerms._fields,
     "f(x_sr) ~ x": ("correlation",),
 }
+_NOT_DRAWN = ("step", "total", "gradient", "drift_hu", "spread_hu")
 
 
 def _loss_panels(columns: Mapping[str, Sequence[float]]) -> dict[str, list[str]]:
     """Sort the columns of a history into panels; a term that is switched off is left out."""
-    return {
-        panel: [name for name in names if np.any(columns.get(name, 0))]
-        for panel, names in PANELS.items()
-    }
+    known = tuple(name for names in PANELS.values() for name in names)
+    acting = [name for name in columns if np.any(columns[name])]
+    panels = {p: [n for n in acting if n.startswith(names)] for p, names in PANELS.items()}
+    return panels | {"other terms": [n for n in acting if not n.startswith(known + _NOT_DRAWN)]}

@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['psnr', 'ssim', 'correlation', 'moment_matched', 'band_split', 'Spectrum', 'spectrum', 'spectrum_error_db', 'grid_db',
-           'SliceMeasures', 'Regions', 'regions', 'measure_slice', 'mean_measures']
+           'Measures', 'Regions', 'regions', 'measure_slice', 'mean_measures']
 
 # %% ../../nbs/7_evaluation/01_metrics.ipynb #cd9cc3f3
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from ..inference.sr_slices import enlarge_bicubic
 from scipy import ndimage
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from ..core import RangeError, ShapeError
 from ..data.volume import block_mean, enlarge_nearest
+from ..inference.sr_slices import enlarge_bicubic
 
 # %% ../../nbs/7_evaluation/01_metrics.ipynb #647b91fa
 def _same_shape(image: np.ndarray, truth: np.ndarray, data_range: float) -> None:
@@ -32,88 +34,30 @@ def _same_shape(image: np.ndarray, truth: np.ndarray, data_range: float) -> None
 
 
 def psnr(image: np.ndarray, truth: np.ndarray, *, data_range: float) -> float:
-    """Compute the peak signal-to-noise ratio.
-
-    Parameters
-    ----------
-    image, truth : ndarray, shape (h, w)
-        Two images in one unit.
-    data_range : float
-        Span of the values that count, in the same unit; state it beside the number.
-
-    Returns
-    -------
-    float
-        Decibels; infinite for two equal images.
-
-    Raises
-    ------
-    ShapeError, RangeError
-        If the shapes differ, or `data_range` is not positive.
-    """
+    """Compute the peak signal-to-noise ratio, dB, of two images (h, w) in one unit."""
     _same_shape(image, truth, data_range)
-    error = np.mean((np.asarray(image, np.float64) - np.asarray(truth, np.float64)) ** 2)
-    return float("inf") if error == 0 else float(10 * np.log10(data_range**2 / error))
+    with np.errstate(divide="ignore"):  # of two equal images it is infinite
+        return float(
+            peak_signal_noise_ratio(np.float64(truth), np.float64(image), data_range=data_range)
+        )
 
 
 def ssim(image: np.ndarray, truth: np.ndarray, *, data_range: float) -> float:
-    """Compute the mean structural similarity (Gaussian window 11, σ 1.5, K = 0.01 and 0.03).
-
-    Parameters
-    ----------
-    image, truth : ndarray, shape (h, w)
-        Two images in one unit, at least 11 by 11.
-    data_range : float
-        Span of the values that count, in the same unit.
-
-    Returns
-    -------
-    float
-        At most 1, which only two equal images reach.
-
-    Raises
-    ------
-    ShapeError, RangeError
-        If the shapes differ or are too small, or `data_range` is not positive.
-    """
+    """Compute the mean SSIM of two images (h, w): Gaussian window 11, σ 1.5, K = 0.01 and 0.03."""
     _same_shape(image, truth, data_range)
     if min(np.shape(image)) < 11:
         raise ShapeError(f"image: expected at least 11 by 11 for SSIM, got {np.shape(image)}")
-    a, b = np.asarray(image, np.float64), np.asarray(truth, np.float64)
-
-    def local(values: np.ndarray) -> np.ndarray:
-        # 3.5 σ is a radius of 5; the border of 5 sees padding and is left out
-        return ndimage.gaussian_filter(values, 1.5, truncate=3.5)[5:-5, 5:-5]
-
-    mean_a, mean_b = local(a), local(b)
-    var_a, var_b = local(a * a) - mean_a**2, local(b * b) - mean_b**2
-    covariance = local(a * b) - mean_a * mean_b
-    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    score = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
-    score /= (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)
-    return float(score.mean())
+    window: dict[str, Any] = {
+        "gaussian_weights": True,
+        "sigma": 1.5,
+        "use_sample_covariance": False,
+    }
+    pair = np.float64(truth), np.float64(image)
+    return float(structural_similarity(*pair, data_range=data_range, **window))
 
 # %% ../../nbs/7_evaluation/01_metrics.ipynb #5601fdb9
 def correlation(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None = None) -> float:
-    """Compute Pearson's correlation of two images.
-
-    Parameters
-    ----------
-    a, b : ndarray, shape (h, w)
-        Two images on one grid, in any units.
-    mask : ndarray of bool, shape (h, w), optional
-        The pixels that count; all without it.
-
-    Returns
-    -------
-    float
-        −1 to 1; NaN when an image is constant there or fewer than two pixels count.
-
-    Raises
-    ------
-    ShapeError
-        If the shapes differ.
-    """
+    """Compute Pearson's r of two images (h, w), in a mask; NaN where one is constant."""
     _same_shape(a, b, 1.0)
     if mask is not None:
         _same_shape(mask, b, 1.0)
@@ -129,20 +73,7 @@ def correlation(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None = None) ->
 def moment_matched(
     image: np.ndarray, truth: np.ndarray, mask: np.ndarray | None = None
 ) -> np.ndarray:
-    """Give `image` the mean and standard deviation of `truth`.
-
-    Parameters
-    ----------
-    image, truth : ndarray, shape (h, w)
-        Two images on one grid.
-    mask : ndarray of bool, shape (h, w), optional
-        Where the moments are taken; the map is applied everywhere.
-
-    Returns
-    -------
-    ndarray of float64, shape (h, w)
-        A constant image becomes the truth's mean.
-    """
+    """Give an image (h, w) the mean and standard deviation that `truth` has in a mask."""
     where = np.ones(np.shape(truth), bool) if mask is None else mask
     values = np.asarray(image, np.float64)
     inside, target = values[where], np.asarray(truth, np.float64)[where]
@@ -151,20 +82,7 @@ def moment_matched(
 
 
 def band_split(image: np.ndarray, scale: int = 8) -> tuple[np.ndarray, np.ndarray]:
-    """Split an image into what its block means tell, and the detail that averages to zero.
-
-    Parameters
-    ----------
-    image : ndarray, shape (8h, 8w)
-        An image on the SR grid.
-    scale : int
-        Linear ratio of the two grids.
-
-    Returns
-    -------
-    coarse, fine : ndarray, shape (8h, 8w)
-        Two orthogonal parts whose sum is `image`.
-    """
+    """Split an image (8h, 8w) into what its block means tell, and the detail that averages to 0."""
     coarse = enlarge_nearest(block_mean(image, scale), scale)
     return coarse, image - coarse
 
@@ -178,29 +96,7 @@ class Spectrum(NamedTuple):
 
 
 def spectrum(image: np.ndarray, *, patch: int = 64, mask: np.ndarray | None = None) -> Spectrum:
-    """Compute the radial power spectrum from Hann-windowed patches.
-
-    Parameters
-    ----------
-    image : ndarray, shape (h, w)
-        Any unit; no side smaller than `patch`.
-    patch : int
-        Side of a patch, pixels, even; neighbours overlap by half.
-    mask : ndarray of bool, shape (h, w), optional
-        Only patches that lie in it by nine tenths count.
-
-    Returns
-    -------
-    Spectrum
-        Rings 0 to `patch` / 2; ring 0 holds what is left of the mean.
-
-    Raises
-    ------
-    ShapeError
-        If the image is smaller than a patch.
-    RangeError
-        If no patch lies in the mask.
-    """
+    """Compute the radial power spectrum of an image (h, w) from Hann-windowed patches."""
     power, count = _power(image, patch, mask)
     frequency = np.fft.fftfreq(patch)
     ring = np.rint(np.hypot(frequency[:, None], frequency) * patch).astype(int).ravel()
@@ -242,24 +138,7 @@ def spectrum_error_db(
     mask: np.ndarray | None = None,
     reference_mask: np.ndarray | None = None,
 ) -> float:
-    """Compare two textures above the clinical Nyquist frequency.
-
-    Parameters
-    ----------
-    image, reference : ndarray
-        Two images of one pixel size and unit; they need not show the same place.
-    scale : int
-        Linear ratio of the SR and the clinical grid: sets the lowest frequency compared.
-    patch : int
-        Side of a patch, see `spectrum`.
-    mask, reference_mask : ndarray of bool, optional
-        Where `image` and `reference` count.
-
-    Returns
-    -------
-    float
-        Mean absolute difference of the log power, dB; 0 for equal textures.
-    """
+    """Compare two textures above the clinical Nyquist frequency: mean |log power ratio|, dB."""
     ours = spectrum(image, patch=patch, mask=mask)
     theirs = spectrum(reference, patch=patch, mask=reference_mask).power
     rounding = 1 / 12  # variance of rounding to whole numbers
@@ -270,24 +149,7 @@ def spectrum_error_db(
 def grid_db(
     image: np.ndarray, *, scale: int = 8, patch: int = 64, mask: np.ndarray | None = None
 ) -> float:
-    """Measure the pattern that repeats at every clinical pixel (checkerboard).
-
-    Parameters
-    ----------
-    image : ndarray, shape (h, w)
-        On the SR grid.
-    scale : int
-        Linear ratio of the two grids: the period looked for.
-    patch : int
-        Side of a patch, see `spectrum`; a multiple of `scale`.
-    mask : ndarray of bool, shape (h, w), optional
-        Where to look.
-
-    Returns
-    -------
-    float
-        Power of the lattice's peaks over that of their neighbourhoods, averaged, dB.
-    """
+    """Measure the pattern that repeats at every clinical pixel: its power over its surround, dB."""
     power = np.fft.fftshift(_power(image, patch, mask)[0]) + 1 / 12  # of rounding, as above
     power = np.pad(power, 3, mode="wrap")  # so that the highest frequency has neighbours, too
     centre, half = 3 + patch // 2, scale // 2
@@ -301,8 +163,8 @@ def grid_db(
     return float(10 * np.log10(np.mean(excess)))
 
 # %% ../../nbs/7_evaluation/01_metrics.ipynb #1c8305ca
-class SliceMeasures(NamedTuple):
-    """How one SR slice compares with its input and, where known, the truth."""
+class Measures(NamedTuple):
+    """How a slice, or several on average, compare with their scan and, where known, the truth."""
 
     method: str
     tile: int | None  # side of the upsampler's tiles, clinical pixels; None: the whole slice
@@ -318,6 +180,16 @@ class SliceMeasures(NamedTuple):
     ssim: float  # whole slice
     data_range: float  # HU, of psnr, psnr_matched and ssim
 
+    def __repr__(self) -> str:
+        text = (
+            "{method}, data range {data_range:g} HU\n"
+            "f(SR) ~ scan: r {corr_clinical:.3f} in the lung, {corr_parenchyma:.3f} in parenchyma, "
+            "{hu_error:.1f} HU apart\nSR ~ truth: r {corr_bronchi:.3f} near bronchi, "
+            "{corr_detail:.3f} in fine detail, PSNR {psnr:.2f} dB, SSIM {ssim:.3f}\n"
+            "texture: spectrum error {spectrum_error_db:.2f} dB, grid {grid_db:.2f} dB"
+        )
+        return re.sub(r"\bnan\b", "–", text.format(**self._asdict()))  # what is not known
+
 
 class Regions(NamedTuple):
     """Where the rows are measured."""
@@ -331,24 +203,7 @@ class Regions(NamedTuple):
 def regions(
     masks: Mapping[str, np.ndarray], *, spacing_mm: float, scale: int = 8, near_mm: float = 1.5
 ) -> Regions:
-    """Derive the regions of the table from masks of a slice.
-
-    Parameters
-    ----------
-    masks : Mapping of str to ndarray of bool, shape (8h, 8w)
-        ``lung``, and where known ``vessel``, ``bronchus``, ``tumour``, on the SR grid.
-    spacing_mm : float
-        Pixel size of the SR grid.
-    scale : int
-        Linear ratio of the two grids.
-    near_mm : float
-        How far from a bronchus is near.
-
-    Returns
-    -------
-    Regions
-        Empty where a mask is missing.
-    """
+    """Derive the regions of the table from masks [8h, 8w]; empty where one is missing."""
     lung = np.asarray(masks["lung"], bool)
     solid = np.zeros_like(lung)
     for name in ("vessel", "bronchus", "tumour"):
@@ -374,7 +229,7 @@ def measure_slice(
     method: str,
     tile: int | None = None,
     scale: int = 8,
-) -> SliceMeasures:
+) -> Measures:
     """Measure one SR slice against its clinical slice and the truth.
 
     Parameters
@@ -400,7 +255,7 @@ def measure_slice(
 
     Returns
     -------
-    SliceMeasures
+    Measures
         NaN in the columns that need a truth when there is none.
     """
     where = regions(masks, spacing_mm=spacing_mm, scale=scale)
@@ -432,8 +287,8 @@ def measure_slice(
             "psnr": psnr(sr_hu, truth_hu, data_range=data_range),
             "ssim": ssim(sr_hu, truth_hu, data_range=data_range),
         }
-    empty = dict.fromkeys(SliceMeasures._fields[2:-1], float("nan"))
-    return SliceMeasures(method=method, tile=tile, data_range=data_range, **(empty | values))
+    empty = dict.fromkeys(Measures._fields[2:-1], float("nan"))
+    return Measures(method=method, tile=tile, data_range=data_range, **(empty | values))
 
 
 def _or_nan(measure: Callable[[], float]) -> float:
@@ -444,28 +299,12 @@ def _or_nan(measure: Callable[[], float]) -> float:
         return float("nan")
 
 
-def mean_measures(rows: Sequence[SliceMeasures]) -> SliceMeasures:
-    """Average the rows of one method over slices.
-
-    Parameters
-    ----------
-    rows : sequence of SliceMeasures
-        One method and one data range; slices of several sizes may have had several tiles.
-
-    Returns
-    -------
-    SliceMeasures
-        Means over the rows that have the number; NaN where none has. `tile` is that of the first.
-
-    Raises
-    ------
-    RangeError
-        If there is no row, or methods or data ranges are mixed.
-    """
+def mean_measures(rows: Sequence[Measures]) -> Measures:
+    """Average the rows of one method over slices that have the number; `tile` is the first's."""
     if len({(row.method, row.data_range) for row in rows}) != 1:
         raise RangeError("rows: expected at least one row, all of one method and data range")
     means: dict[str, Any] = {}
-    for name in SliceMeasures._fields[2:-1]:
+    for name in Measures._fields[2:-1]:
         known = [value for row in rows if not np.isnan(value := getattr(row, name))]
         means[name] = float(np.mean(known)) if known else float("nan")
     return rows[0]._replace(**means)

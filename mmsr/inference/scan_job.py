@@ -16,6 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
+
+from .. import __version__
+from ..core import ResourceError, SettingsError, fingerprint, progress_bar
+from ..data.volume import Volume
 from .memory import BATCHES_IN_FLIGHT
 from mmsr.inference.sr_slices import (
     ScanSummary,
@@ -26,11 +31,6 @@ from mmsr.inference.sr_slices import (
     super_resolve_slices,
 )
 from .super_resolve import check_memory, sr_outputs
-from tqdm import tqdm
-
-from .. import __version__
-from ..core import ResourceError, SettingsError, fingerprint, progress_bar
-from ..data.volume import Volume
 from ..networks.generators import G1
 from ..networks.weights import ModelCard
 from ..scans.output_plan import Output, OutputPlan, is_finished, plan_outputs, unfinished

@@ -17,8 +17,6 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 import pydantic
 import torch
-from .memory import BATCHES_IN_FLIGHT, choose_batch, choose_tile
-from .tiling import sr_slice
 from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,6 +31,8 @@ from mmsr.core import (
 )
 from ..data.volume import Volume
 from ..data.windows import AIR_LEVEL, Window
+from .memory import BATCHES_IN_FLIGHT, choose_batch, choose_tile
+from .tiling import sr_slice
 from ..networks.generators import G1
 from ..networks.weights import ModelCard
 from ..training.distributed import deterministic_fp32

@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+
+from ..core import RESEARCH_ONLY, ResourceError, available_memory, progress_bar
+from ..data.volume import Volume, sr_geometry
 from .memory import BATCHES_IN_FLIGHT, memory_needed
 from mmsr.inference.sr_slices import (
     ScanSummary,
@@ -19,9 +22,6 @@ from mmsr.inference.sr_slices import (
     summarise,
     super_resolve_slices,
 )
-
-from ..core import RESEARCH_ONLY, ResourceError, available_memory, progress_bar
-from ..data.volume import Volume, sr_geometry
 from ..networks.generators import G1
 from ..networks.weights import ModelCard
 from ..scans.output_plan import placeholder

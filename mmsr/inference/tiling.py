@@ -9,6 +9,9 @@ __all__ = ['MIN_TILE', 'untileable', 'sr_tiles', 'sr_slice']
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor, nn
+
+from ..core import SettingsError, ShapeError
 from mmsr.inference.lazy_layers import (
     UNTILED,
     Box,
@@ -20,9 +23,6 @@ from mmsr.inference.lazy_layers import (
     steps_of,
     walk,
 )
-from torch import Tensor, nn
-
-from ..core import SettingsError, ShapeError
 from ..networks.generators import G1, AddInput, Stage, add_inside_tanh
 from ..networks.layers import check_image
 

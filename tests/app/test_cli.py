@@ -23,13 +23,12 @@ from PIL import Image
 
 import mmsr
 from mmsr.app import cli
-from mmsr.app.cli import train as experiments
 from mmsr.core import RESEARCH_ONLY, seeded
 from mmsr.data.masks import lung_mask
 from mmsr.data.phantom_scans import clinical_case
 from mmsr.data.volume import Volume, block_mean
 from mmsr.data.windows import CLINICAL_WINDOW
-from mmsr.evaluation import figures
+from mmsr.evaluation import figures, protocols
 from mmsr.inference import scan_job
 from mmsr.networks.generators import G1Settings
 from mmsr.networks.weights import ModelCard, build_g1, save_generator
@@ -244,7 +243,7 @@ def test_no_bundled_weights(
     place: Place, out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     missing = out / "weights" / "phantom.safetensors"
-    monkeypatch.setattr(experiments, "find_weights", lambda _: missing)
+    monkeypatch.setattr(protocols, "find_weights", lambda _: missing)
     refused(call(capsys, "super-resolve", place.scan, out / "a.mha"), "phantom.safetensors")
     assert content(out) == {}
 
@@ -742,7 +741,8 @@ def test_version_names_no_one(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.slow
 def test_light_commands_wait_for_no_torch(place: Place) -> None:
     """What a look at a scan loads: a second and more are at stake."""
-    heavy = ["torch", "lightning_fabric", "matplotlib.pyplot", "scipy", "papermill", "SimpleITK"]
+    heavy = ["torch", "lightning_fabric", "matplotlib.pyplot", "papermill", "SimpleITK"]
+    heavy += ["scipy.ndimage"]  # nibabel asks for scipy alone, which loads nothing
     code = (
         "import contextlib, sys\nfrom mmsr.app.cli import main\n"
         "with contextlib.suppress(SystemExit):\n    main(sys.argv[1:])\n"
@@ -802,6 +802,10 @@ def test_other_refusals(
         (["prepare", "--out", "OUT/n.ipynb", "-p", "sizes=8"], ["sizes", "size"]),
         (["prepare", "--out", "OUT/file/n.ipynb", "-p", "out=x"], ["file"]),
         (["prepare", "--out", "OUT", "-p", "out=x"], ["NAME.ipynb"]),
+        (["prepare"], ["--out NOTEBOOK", "--plain"]),
+        (["prepare", "--plain", "--out", "OUT/n.ipynb"], ["--out NOTEBOOK", "--plain"]),
+        (["prepare", "--plain", "-p", "out=x", "-p", "sizes=8"], ["sizes", "size"]),
+        (["evaluate", "--plain"], ["evaluate", "as a notebook only"]),
         (["prepare", "--out", "OUT/n.txt", "-p", "out=x"], ["n.txt", "NAME.ipynb"]),
     ],
 )

@@ -19,23 +19,18 @@ import nbformat
 import numpy as np
 import pytest
 import yaml
-from mmsr.inference.sr_slices import enlarge_bicubic
 
 from mmsr.app import cli
 from mmsr.app.plan import check_plan
+from mmsr.app.prepare import PrepareSettings, clinical_cases
 from mmsr.app.run_notebook import run_experiment
-from mmsr.app.train import TrainSettings, launch_training, method_settings, run_training
+from mmsr.app.train import TrainSettings, launch_training, method_settings, train
 from mmsr.core import FileError, MMSRError, ResourceError, SettingsError, ShapeError, read_json
 from mmsr.data.patches import open_bank, split_cases
 from mmsr.evaluation.protocols import Model, columns_of, measure_case
+from mmsr.inference.sr_slices import enlarge_bicubic
 from mmsr.networks.weights import load_generator
-from mmsr.scans.cases import (
-    PrepareSettings,
-    clinical_cases,
-    open_case,
-    prepared_cases,
-    read_prepared,
-)
+from mmsr.scans.cases import open_case, prepared_cases, read_prepared
 from mmsr.scans.read import read_volume
 from mmsr.training.run_folder import read_history
 
@@ -268,7 +263,7 @@ PLANS = {
     "own, report": ({"evaluate": {"out": "x"}}, "evaluate.out: is"),
     "too small to judge": ({"prepare": {"patch_size": 8}}, "train.a: d_x: needs patches of"),
     "too small to compare": (
-        {"prepare": {"patch_size": 16}, "train": {"a": {"preset": "released"}}},
+        {"prepare": {"patch_size": 16}, "train": {"a": {"preset": "code_2022"}}},
         "needs patches of",
     ),
     "devices": ({"train": {"a": {"devices": 3}}}, "batch_size 16 cannot be dealt out evenly"),
@@ -278,7 +273,7 @@ PLANS = {
         {"train": {"a": {"system": "UNIT", "settings": {"mmsr": {"up": 0.1}}}}},
         "mmsr.up: UNIT has no MMSR terms (R14), got 0.1",
     ),
-    "a reading of none": ({"train": {"a": {"reading": "b"}}}, "train.a: reading: "),
+    "a reading of none": ({"train": {"a": {"baseline": "same_size"}}}, "train.a: baseline: "),
 }
 
 
@@ -295,7 +290,9 @@ def test_paths_of_weights_begin_in_the_folder_of_results(tmp_path: Path) -> None
     (tmp_path / "mine.safetensors").write_text("weights")
     for name in ("../mine.safetensors", str(tmp_path / "mine.safetensors"), "bundled"):
         check_plan({"weights": {"given": name}}, tmp_path / "results")
-    check_plan({"train": {"a": {"system": "CycleGAN", "reading": "b", "settings": {"mmsr": {}}}}})
+    check_plan(
+        {"train": {"a": {"system": "CycleGAN", "baseline": "same_size", "settings": {"mmsr": {}}}}}
+    )
 
 
 def test_hints_come_from_the_network_that_was_chosen() -> None:
@@ -345,7 +342,7 @@ def test_another_seed_leaves_no_case_behind(own_chain: Path) -> None:
 def test_what_prepare_did_not_write_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "prepared.json").write_text(content)
     chosen = TrainSettings(prepared=str(tmp_path), run=str(tmp_path / "run"))
-    for call in (lambda: read_prepared(tmp_path), lambda: run_training(chosen)):
+    for call in (lambda: read_prepared(tmp_path), lambda: train(chosen)):
         with pytest.raises(FileError, match=r"prepared\.json") as e:
             call()
         assert "\n" not in str(e.value)
@@ -365,7 +362,7 @@ def test_a_changed_bank_is_not_trained_on(own_chain: Path, tmp_path: Path) -> No
         settings=small_system("SR-CycleGAN"),
     )
     with pytest.raises(FileError, match="fingerprint differs") as e:
-        run_training(chosen)
+        train(chosen)
     assert "\n" not in str(e.value)
     assert not (tmp_path / "run").exists()
 
@@ -454,6 +451,35 @@ def test_errors_of_training_keep_their_kind(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_plain_runs_make_the_same_without_jupyter(chain: Path, tmp_path: Path) -> None:
+    """`mmsr run NAME --plain` on a node that has neither papermill nor a kernel."""
+    code = (
+        "import sys\n"
+        "for name in ('papermill', 'nbclient', 'ipykernel', 'IPython', 'jupyter_client'):\n"
+        "    sys.modules[name] = None\n"
+        "from mmsr.app.cli import main\nmain(sys.argv[1:])"
+    )
+
+    def plain(name: str, values: dict[str, Any]) -> str:
+        command = [sys.executable, "-c", code, "run", name, "--plain", "--json", json.dumps(values)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    plan = yaml.safe_load(TINY.read_text())
+    said = plain("prepare", {**plan["prepare"], "out": str(tmp_path / "prepare")})
+    assert "evaluating on patient-1" in said
+    for name in ("clinical/patches.npy", "micro/patches.npy", "prepared.json"):
+        one, other = (folder / "prepare" / name for folder in (chain, tmp_path))
+        assert one.read_bytes() == other.read_bytes(), name
+    run = {"prepared": str(tmp_path / "prepare"), "run": str(tmp_path / "run"), "threads": 1}
+    said = plain("train", {**plan["train"]["with-mmsr"], **run, "device": "cpu"})
+    assert "step 6, finished" in said
+    one, other = chain / "train" / "with-mmsr" / "history.csv", tmp_path / "run" / "history.csv"
+    assert one.read_text() == other.read_text()
+
+
+@pytest.mark.slow
 def test_refusal_inside_a_notebook_keeps_its_kind(chain: Path, tmp_path: Path) -> None:
     values = {"prepared": str(tmp_path), "models": {}, "out": str(tmp_path / "out")}
     with pytest.raises(MMSRError, match="run the experiment `prepare` first") as e:
@@ -524,24 +550,24 @@ def test_killed_training_goes_on(chain: Path, tmp_path: Path) -> None:
 
 SYSTEMS = {
     "SR-UNIT": {},
-    "CycleGAN a": {"system": "CycleGAN", "reading": "a"},
-    "CycleGAN b": {"system": "CycleGAN", "reading": "b"},
-    "UNIT a": {"system": "UNIT", "reading": "a"},
-    "UNIT b": {"system": "UNIT", "reading": "b"},
+    "CycleGAN a": {"system": "CycleGAN", "baseline": "sr_networks"},
+    "CycleGAN b": {"system": "CycleGAN", "baseline": "same_size"},
+    "UNIT a": {"system": "UNIT", "baseline": "sr_networks"},
+    "UNIT b": {"system": "UNIT", "baseline": "same_size"},
     "paper": {"system": "SR-CycleGAN", "preset": "paper"},
     "paper SR-UNIT": {"system": "SR-UNIT", "preset": "paper"},
-    "released": {"system": "SR-CycleGAN", "preset": "released"},
+    "code_2022": {"system": "SR-CycleGAN", "preset": "code_2022"},
 }
 
 
 def small_system(system: str, steps: int = 2) -> dict[str, Any]:
     """Cut any system's networks down to a few channels."""
     judges = {"d_x": {"channels": 4, "layers": 1, "scales": 1}, "d_y": {"channels": 4, "layers": 1}}
-    run = {"steps": steps, "batch_size": 2, "history_every": 1, "strips_every": 0}
+    run = {"steps": steps, "batch_size": 2, "history_every": 1, "previews_every": 0}
     if "UNIT" in system:
         return {**judges, **run, "unit": {"latent": 16, "blocks": 1}}
     small = {"channels": 8, "blocks": 1}
-    window = {"mmsr": {"ssim_window": (5, 1.0)}} if system == "released" else {}
+    window = {"mmsr": {"ssim_window": (5, 1.0)}} if system == "code_2022" else {}
     return {**judges, **run, **window, "g1": small, "g2": small, "pool_size": 4}
 
 
@@ -558,7 +584,7 @@ def test_every_system_trains_and_is_saved(chain: Path, tmp_path: Path, system: s
             **SYSTEMS[system],
         }
     )
-    done = run_training(chosen)
+    done = train(chosen)
     assert done.finished
     g1, record = load_generator(done.weights)
     assert record.method.startswith(chosen.system)
@@ -584,9 +610,9 @@ def test_another_scale_and_system_through_all_notebooks(tmp_path: Path) -> None:
 
     chosen: dict[str, Any] = {"prepared": str(prepared), "run": str(run), "device": "cpu"}
     with pytest.raises(ShapeError, match=r"scale 8 .*got 32"):
-        run_training(TrainSettings(**chosen, settings=small_system("SR-CycleGAN")))
+        train(TrainSettings(**chosen, settings=small_system("SR-CycleGAN")))
     settings = merge(small_system("SR-UNIT"), {"unit": {"halvings_y": 2}})
-    run_training(TrainSettings(**chosen, system="SR-UNIT", settings=settings))
+    train(TrainSettings(**chosen, system="SR-UNIT", settings=settings))
 
     values = {
         "out": str(sr),

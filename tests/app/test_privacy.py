@@ -11,12 +11,12 @@ import pydicom
 import pytest
 from dicom_maker import series
 from matplotlib.text import Text
-from mmsr.inference.sr_slices import SROptions, super_resolve_slices
 
 from mmsr.app.cli import main
 from mmsr.core import seeded
 from mmsr.data.windows import CLINICAL_WINDOW
 from mmsr.evaluation.figures import overview
+from mmsr.inference.sr_slices import SROptions, super_resolve_slices
 from mmsr.networks.generators import G1Settings
 from mmsr.networks.weights import ModelCard, build_g1, load_generator, save_generator
 from mmsr.scans.read import read_volume

@@ -23,11 +23,12 @@ from mmsr.core import (
     ShapeError,
     seeded,
 )
-from mmsr.data.batches import UnpairedBatches
+from mmsr.data.batches import PatchLoader, UnpairedBatches
 from mmsr.data.masks import lung_mask
 from mmsr.data.patches import PatchCase, open_bank, sample_positions, split_cases, write_bank
 from mmsr.data.volume import Volume, resample_in_plane
 from mmsr.data.windows import CLINICAL_WINDOW, Window
+from mmsr.training.distributed import make_fabric
 
 REAL = Path(os.environ.get("MMSR_REAL_DATA") or "/nowhere")
 needs_real = pytest.mark.skipif(
@@ -340,7 +341,8 @@ def test_epochs_are_permutations_whatever_the_batch(bank, tmp_path, batch_size):
                    **{**SETTINGS, "modality": "micro", "size": 128, "per_case": 3})  # fmt: skip
     batches = UnpairedBatches(bank, y, batch_size, 0, augment=False)
     steps = -(-120 // batch_size)
-    seen = np.concatenate([batches.batch(t)[0] for t in range(steps)])[:120]
+    loader = PatchLoader(batches, make_fabric("cpu"))
+    seen = np.concatenate([loader.batch(t)[0].numpy() for t in range(steps)])[:120]
     known = {patch.tobytes(): i for i, patch in enumerate(bank.unit(range(40)))}
     order = np.array([known[patch.tobytes()] for patch in seen[:, 0]]).reshape(3, 40)
     assert (np.sort(order) == np.arange(40)).all()
@@ -349,11 +351,11 @@ def test_epochs_are_permutations_whatever_the_batch(bank, tmp_path, batch_size):
 
 def test_wrong_batches(bank):
     with pytest.raises(ShapeError, match="y_bank: expected patches of 128"):
-        UnpairedBatches(bank, bank, 2, 0).batch(0)
+        UnpairedBatches(bank, bank, 2, 0).draw(0)
     same = UnpairedBatches(bank, bank, 2, 0, scale=1)
     for wrong in (same._replace(batch_size=0), same):
         with pytest.raises(SettingsError, match="step"):
-            wrong.batch(-1 if wrong is same else 0)
+            wrong.draw(-1 if wrong is same else 0)
 
 
 @given(
@@ -388,12 +390,12 @@ def test_degraded_patches_are_block_means_of_another_draw(tmp_path, bank):
     y_bank = write_bank(tmp_path / "y", [case("y", 9, shape=(1, 200, 200))],
                         **{**SETTINGS, "modality": "micro", "size": 32, "per_case": 9})  # fmt: skip
     batches = UnpairedBatches(bank, y_bank, 8, 3, scale=2, degraded_fraction=0.5, augment=False)
-    same = 0
+    same, loader = 0, PatchLoader(batches, make_fabric("cpu"))
     for step in range(20):
-        draw, (x, y) = batches.draw(step), batches.batch(step)
+        draw, (x, y) = batches.draw(step), (z.numpy() for z in loader.batch(step))
         means = y_bank.unit(draw.degraded[1::2])
         means = means.reshape(4, 16, 2, 16, 2).mean((2, 4))
-        np.testing.assert_array_equal(x[1::2, 0], means)
+        np.testing.assert_allclose(x[1::2, 0], means, atol=1e-6)
         np.testing.assert_array_equal(x[::2, 0], bank.unit(draw.x[::2]))
         np.testing.assert_array_equal(y[:, 0], y_bank.unit(draw.y))
         same += (draw.degraded == draw.y).sum()

@@ -15,6 +15,11 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 import torch
+from peak import PEAK_BYTES
+
+from mmsr.core import FileError, MMSRError, ResourceError, SettingsError, seeded
+from mmsr.data.volume import Volume, block_mean
+from mmsr.data.windows import CLINICAL_WINDOW
 from mmsr.inference.scan_job import (
     ScanTargets,
     plan_scan,
@@ -22,11 +27,6 @@ from mmsr.inference.scan_job import (
 )
 from mmsr.inference.sr_slices import SROptions
 from mmsr.inference.super_resolve import super_resolve
-from peak import PEAK_BYTES
-
-from mmsr.core import FileError, MMSRError, ResourceError, SettingsError, seeded
-from mmsr.data.volume import Volume, block_mean
-from mmsr.data.windows import CLINICAL_WINDOW
 from mmsr.networks.generators import G1Settings, SRGenerator
 from mmsr.networks.weights import ModelCard, build_g1, load_generator, save_generator
 from mmsr.scans.output_plan import unfinished

@@ -6,12 +6,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from mmsr.inference.sr_slices import SROptions, _ahead, enlarge_bicubic, super_resolve_slices
-from mmsr.inference.super_resolve import super_resolve
 
 from mmsr.core import MMSRError, ResourceError, seeded
 from mmsr.data.volume import Volume, block_mean
 from mmsr.data.windows import CLINICAL_WINDOW
+from mmsr.inference.sr_slices import SROptions, _ahead, enlarge_bicubic, super_resolve_slices
+from mmsr.inference.super_resolve import super_resolve
 from mmsr.networks.generators import G1Settings, SRGenerator
 from mmsr.networks.weights import ModelCard, build_g1
 

@@ -885,7 +885,7 @@ def test_things_that_are_no_scan(tmp_path, monkeypatch):
         read_volume(tmp_path / "v.mha", series=2)
     (tmp_path / "deep" / "er").mkdir(parents=True)
     tifffile.imwrite(tmp_path / "deep" / "er" / "a.tif", chest()[0])
-    assert "1 tiff" in line_of(tmp_path / "deep")
+    assert "1 TIFF" in line_of(tmp_path / "deep")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -927,8 +927,10 @@ def test_info_reads_every_header_once(tmp_path, monkeypatch, what):
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     if what == "broken":
         files[2].write_bytes(files[2].read_bytes()[:140])
-    seen, read = [], mmsr.scans.read.read_slices
-    monkeypatch.setattr("mmsr.scans.read.read_slices", lambda p: (seen.append(p), read(p))[1])
+    seen, inspect = [], mmsr.scans.read.inspect_file
+    monkeypatch.setattr(
+        "mmsr.scans.scan_summary.inspect_file", lambda f, p: (seen.append(p), inspect(f, p))[1]
+    )
     info = scan_info(folder)
     assert sorted(seen) == files
     assert len(info.planes) == 3

@@ -434,7 +434,7 @@ def test_folders_that_are_no_scan(tmp_path):
     refused(FileError, tmp_path / "empty", "no files")
     both = series(tmp_path / "both", chest())
     tifffile.imwrite(both / "a.tif", chest()[0])
-    refused(FileError, both, "6 dicom", "1 tiff")
+    refused(FileError, both, "6 DICOM", "1 TIFF")
     (tmp_path / "text.txt").write_text("hello")
     refused(FileError, tmp_path / "text.txt", "NIfTI")
     with pytest.raises(SettingsError, match="modality"):

@@ -33,6 +33,7 @@ import torch
 torch.set_num_threads(1)
 from mmsr.core import MMSRError, read_json
 from mmsr.training.distributed import make_fabric
+from mmsr.training.run import RunOptions
 from mmsr.data.patches import open_bank
 from mmsr.training.sr_cyclegan import SRCycleGANSettings, train_sr_cyclegan
 from mmsr.training.sr_unit import SRUNITSettings, train_sr_unit
@@ -45,7 +46,8 @@ if "unit" in values:
     kind, train = SRUNITSettings, train_sr_unit
 try:
     fabric = make_fabric("cpu", devices=2)
-    train(kind.read(values), *banks, folder + "/run", fabric=fabric, progress=False, **options)
+    how = RunOptions(progress=False, **options)
+    train(kind.read(values), *banks, folder + "/run", fabric=fabric, options=how)
 except MMSRError as e:
     print(f"{type(e).__name__}: {e}", file=sys.stderr)
     sys.exit(2)

@@ -23,17 +23,23 @@ import numpy as np
 import pytest
 import torch
 
-from mmsr.app.cli import run as training
-from mmsr.core import FileError, ResourceError, SettingsError, ShapeError, read_json, seeded
+from mmsr.core import (
+    FileError,
+    ResourceError,
+    SettingsError,
+    ShapeError,
+    read_json,
+    seeded,
+    write_json,
+)
 from mmsr.data.patches import PatchBank, PatchCase, open_bank, write_bank
 from mmsr.data.windows import Window
 from mmsr.networks.weights import load_generator
 from mmsr.training import sr_cyclegan, sr_unit
-from mmsr.training.health import DivergenceError
-from mmsr.training.run import TrainedRun
+from mmsr.training.health import DivergenceError, check_finite_weights
+from mmsr.training.run import RunOptions, TrainedRun
 from mmsr.training.run_folder import (
     CHECKPOINT_FORMAT,
-    History,
     list_checkpoints,
     load_checkpoint,
     read_history,
@@ -52,22 +58,25 @@ LOOP = {
     "ema": 0.9,
     "history_every": 3,
     "checkpoint_every": 4,
-    "strips_every": 6,
+    "previews_every": 6,
 }
-JUDGES = {"d_x": {"channels": 8, "layers": 1}, "d_y": {"channels": 8, "layers": 1}}
+DISCRIMINATORS = {"d_x": {"channels": 8, "layers": 1}, "d_y": {"channels": 8, "layers": 1}}
 SMALL = {"channels": 8, "blocks": 1}
 # The defaults with all that draws random numbers: noise in G1, pools, noise on UNIT's latents, R15.
 SETTINGS = cyclegan_settings(
     changes={
         **LOOP,
-        **JUDGES,
+        **DISCRIMINATORS,
         "g1": {**SMALL, "head_kernel": 3, "last_kernel": 3},
         "g2": SMALL,
         "pool_size": 10,
         "degraded_fraction": 0.25,
     }
 )
-UNIT_SETTINGS = unit_settings(changes={**LOOP, **JUDGES, "unit": {"latent": 8, "blocks": 1}})
+UNIT_SETTINGS = unit_settings(
+    changes={**LOOP, **DISCRIMINATORS, "unit": {"latent": 8, "blocks": 1}}
+)
+QUIET = RunOptions(progress=False)
 SYSTEMS: dict[str, LoopSettings] = {"SR-CycleGAN": SETTINGS, "SR-UNIT": UNIT_SETTINGS}
 # Loads the library once, then forks a process for each line on its input, tells its number, and
 # how it ended. A process may be told to kill itself at a certain call of os.replace, just before
@@ -78,8 +87,11 @@ import torch
 torch.set_num_threads(1)
 from mmsr.core import read_json
 from mmsr.data.patches import open_bank
+from mmsr.training.run import RunOptions
 from mmsr.training.sr_cyclegan import SRCycleGANSettings, train_sr_cyclegan
 from mmsr.training.sr_unit import SRUNITSettings, train_sr_unit
+
+quiet = RunOptions(progress=False)
 
 def train(folder, when, at):
     calls, replace = 0, os.replace
@@ -95,9 +107,9 @@ def train(folder, when, at):
     values = read_json(folder + "/settings.json")
     x, y = open_bank(folder + "/x"), open_bank(folder + "/y")
     if "unit" in values:
-        train_sr_unit(SRUNITSettings.read(values), x, y, folder + "/run", progress=False)
+        train_sr_unit(SRUNITSettings.read(values), x, y, folder + "/run", options=quiet)
     else:
-        train_sr_cyclegan(SRCycleGANSettings.read(values), x, y, folder + "/run", progress=False)
+        train_sr_cyclegan(SRCycleGANSettings.read(values), x, y, folder + "/run", options=quiet)
 
 print("ready", flush=True)
 for line in sys.stdin:
@@ -168,11 +180,12 @@ def folder(whole: Path, tmp_path: Path) -> Path:
 def train(folder: Path, settings: LoopSettings = SETTINGS, **options: Any) -> TrainedRun:
     """Train in this process on the banks of a folder."""
     banks = open_bank(folder / "x"), open_bank(folder / "y")
-    options = {"progress": False, **options}
+    fabric = options.pop("fabric", None)
+    how = RunOptions(**{"progress": False, **options})
     if isinstance(settings, sr_unit.SRUNITSettings):
-        return train_sr_unit(settings, *banks, folder / "run", **options)
+        return train_sr_unit(settings, *banks, folder / "run", fabric=fabric, options=how)
     assert isinstance(settings, sr_cyclegan.SRCycleGANSettings)
-    return train_sr_cyclegan(settings, *banks, folder / "run", **options)
+    return train_sr_cyclegan(settings, *banks, folder / "run", fabric=fabric, options=how)
 
 
 class Nursery:
@@ -228,8 +241,8 @@ def assert_same(a: Any, b: Any, name: str = "state") -> None:
 
 def assert_same_run(folder: Path, whole: Path) -> None:
     """Compare all that two finished runs left."""
-    strips = [f"strips/{path.name}" for path in (whole / "run/strips").iterdir()]
-    for file in ("history.csv", "weights.safetensors", "config.json", *strips):
+    previews = [f"previews/{path.name}" for path in (whole / "run/previews").iterdir()]
+    for file in ("history.csv", "weights.safetensors", "config.json", *previews):
         assert (folder / "run" / file).read_bytes() == (whole / "run" / file).read_bytes(), file
     ours, theirs = (list_checkpoints(f / "run/checkpoints") for f in (folder, whole))
     assert [path.name for path in ours] == [path.name for path in theirs]
@@ -292,8 +305,8 @@ def test_kill_at_random_moments(
 
 
 # What a whole run moves into place, in order; a number is the checkpoint of that step.
-MOVES = ["config", "environment", "history", 4, "strip", 8, "strip", 12, 16, "strip", 20]
-MOVES += ["strip", 24, "weights"]
+MOVES = ["config", "environment", "history", "row", 4, "row", "preview", 8, "row", "row", "preview"]
+MOVES += [12, "row", 16, "row", "preview", "row", 20, "row", "preview", 24, "weights"]
 
 
 @pytest.mark.parametrize(
@@ -302,10 +315,11 @@ MOVES += ["strip", 24, "weights"]
         ("before", 1),
         ("after", 3),
         ("before", 4),
-        ("after", 6),
-        ("before", 7),
-        ("after", 13),
-        ("before", 14),
+        ("after", 5),
+        ("after", 8),
+        ("before", 12),
+        ("after", 21),
+        ("before", 22),
     ],
 )
 def test_kill_while_a_file_is_moved_into_place(
@@ -435,17 +449,17 @@ def test_other_patches_are_refused(folder: Path) -> None:
     info = x.info.model_copy(update={"fingerprint": "0" * 16})
     with pytest.raises(SettingsError, match=r"data\.clinical\.fingerprint"):
         train_sr_cyclegan(
-            SETTINGS, x._replace(info=info), open_bank(folder / "y"), folder / "run", progress=False
+            SETTINGS, x._replace(info=info), open_bank(folder / "y"), folder / "run", options=QUIET
         )
 
 
 def test_swapped_or_unfit_banks(folder: Path) -> None:
     x, y = open_bank(folder / "x"), open_bank(folder / "y")
     with pytest.raises(SettingsError, match="swapped"):
-        train_sr_cyclegan(SETTINGS, y, x, folder / "run", progress=False)
+        train_sr_cyclegan(SETTINGS, y, x, folder / "run", options=QUIET)
     small = y._replace(info=y.info.model_copy(update={"size": 32}))
     with pytest.raises(ShapeError, match="expected patches of 64 pixels"):
-        train_sr_cyclegan(SETTINGS, x, small, folder / "run", progress=False)
+        train_sr_cyclegan(SETTINGS, x, small, folder / "run", options=QUIET)
     assert not (folder / "run").exists()
 
 
@@ -471,13 +485,24 @@ def test_full_disk(folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -
     assert_same_run(folder, whole)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_full_disk_in_the_history(folder: Path) -> None:
-    """A real ENOSPC from the kernel."""
-    history = History(folder / "history.csv", ["cycle"])
-    history.path = Path("/dev/full")
-    with pytest.raises(ResourceError, match="cannot be written"):
-        history.append(1, {"cycle": 0.5})
+def test_full_disk_in_the_history(
+    folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk fills up while a row is written; the rows before it stay."""
+    write = Path.write_text
+
+    def full(self: Path, text: str, **how: Any) -> int:
+        if "history" in self.name and "\n6," in text:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(self, text, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(ResourceError, match=r"history\.csv: not written, the disk is full"):
+            train(folder)
+    assert read_history(folder / "run/history.csv")["step"] == [3]
+    train(folder)
+    assert_same_run(folder, whole)
 
 
 def test_folder_that_cannot_be_made(folder: Path) -> None:
@@ -513,13 +538,13 @@ def test_weights_that_are_not_finite_are_never_saved(folder: Path) -> None:
     with torch.no_grad():
         next(run.networks.g2.parameters()).view(-1)[0] = float("inf")
     with pytest.raises(DivergenceError, match="the weight g2"):
-        training.check_finite_weights(run.networks._asdict(), 1)
+        check_finite_weights(run.networks._asdict(), 1)
 
 
 def test_keep(tmp_path: Path) -> None:
     for step in (1, 2, 10, 30):
-        save_checkpoint(tmp_path, step, {"a": torch.ones(1)}, keep=3)
-    assert [load_checkpoint(path)["step"] for path in list_checkpoints(tmp_path)] == [30, 10, 2]
+        save_checkpoint(tmp_path, step, {"a": torch.ones(1)})
+    assert [load_checkpoint(path)["step"] for path in list_checkpoints(tmp_path)] == [30, 10]
 
 
 def test_nothing_names_the_place_or_the_user(whole: Path) -> None:
@@ -542,3 +567,35 @@ def test_the_callers_random_numbers_are_untouched(folder: Path) -> None:
     torch.manual_seed(3)
     train(folder, stop_at_step=1)
     assert torch.equal(torch.rand(2), expected)
+
+
+def test_words_of_earlier_versions_are_refused_by_those_of_today(folder: Path) -> None:
+    """A run that an earlier version left unfinished: one line, and the way out works."""
+    train(folder, stop_at_step=1)
+    config = read_json(folder / "run/config.json")
+    config["settings"]["strips_every"] = config["settings"].pop("previews_every")
+    config["settings"]["health"]["judge"] = config["settings"]["health"].pop(
+        "discriminator_loss_min"
+    )
+    write_json(folder / "run/config.json", config)
+    with pytest.raises(SettingsError) as caught:
+        train(folder)
+    assert "\n" not in str(caught.value)
+    assert "strips_every is called previews_every now" in str(caught.value)
+    assert "judge is called discriminator_loss_min now" in str(caught.value)
+    assert train(folder, on_change="move", stop_at_step=1).step == 1
+    assert (folder / "run/earlier-1/config.json").exists()
+    for values in ({"strips_every": 1}, {"health": {"judge": 0.1}}):
+        with pytest.raises(SettingsError, match=r"is called \w+ now"):
+            cyclegan_settings(changes=values)
+    with pytest.raises(SettingsError, match="released is called code_2022 now"):
+        cyclegan_settings("released")  # type: ignore[arg-type]
+
+
+def test_a_history_of_before_is_read(folder: Path, whole: Path) -> None:
+    """Its columns have not changed, so curves and verdicts of old runs are drawn as they were."""
+    columns = (
+        "step,total,adversarial_x,adversarial_y,cycle_x,cycle_y,identity_x,identity_y,structure_x,"
+        "structure_y,down,up,d_x,d_y,gradient_g,gradient_d,correlation,drift_hu,spread_hu"
+    )
+    assert (whole / "run/history.csv").read_text().splitlines()[0] == columns

@@ -1,0 +1,70 @@
+"""`import mmsr` gives what people need, and loads it only when it is used."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mmsr
+
+
+def fresh(code: str) -> str:
+    """Run code in a new process; give what it printed."""
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_import_loads_nothing() -> None:
+    code = "import sys; before = set(sys.modules); import mmsr; print(*set(sys.modules) - before)"
+    loaded = fresh(code).split()
+    assert [name for name in loaded if name.startswith("mmsr")] == ["mmsr"]
+    heavy = {"torch", "numpy", "pydantic", "scipy", "matplotlib", "pandas", "SimpleITK"}
+    assert not heavy & set(loaded)
+
+
+def test_reading_a_scan_waits_for_no_torch() -> None:
+    assert fresh("import sys, mmsr; mmsr.read_volume; print('torch' in sys.modules)") == "False\n"
+
+
+@pytest.mark.parametrize("name", mmsr.__all__)
+def test_each_name_is_there_and_says_what_it_is(name: str) -> None:
+    value = getattr(mmsr, name)
+    assert value.__module__.startswith("mmsr.")
+    assert value.__name__ == name
+    text = inspect.getdoc(value)
+    assert text
+    if inspect.isfunction(value):
+        assert "Parameters\n" in text
+        assert "Returns\n" in text or value.__annotations__["return"] in (None, "None")
+
+
+def test_editors_see_what_there_is() -> None:
+    """The imports for type checkers are those that are made."""
+    tree = ast.parse(Path(mmsr.__file__).read_text(encoding="utf8"))
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    found = [node for node in found if str(node.module).startswith("mmsr.")]
+    shown = {(node.module, alias.name) for node in found for alias in node.names}
+    homes = {(f"mmsr.{home}", name) for home, names in mmsr._HOMES.items() for name in names}
+    assert shown == homes
+    assert set(mmsr.__all__) < set(dir(mmsr))
+    assert len(mmsr.__all__) == len(set(mmsr.__all__)) <= 25
+
+
+def test_a_wrong_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'super_resolv'"):
+        _ = mmsr.super_resolv
+
+
+def test_help_is_quick() -> None:
+    """A third of a second of processor time on an idle machine; the bound leaves room."""
+    code = (
+        "import resource, subprocess, sys\n"
+        "call = [sys.executable, '-m', 'mmsr', '--help']\n"
+        "subprocess.run(call, capture_output=True, check=True)\n"
+        "used = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
+        "print(used.ru_utime + used.ru_stime)"
+    )
+    assert min(float(fresh(code)) for _ in range(3)) < 1.0
