@@ -69,7 +69,7 @@ def _moved(plane: np.ndarray, shift: np.ndarray, sides: tuple[int, int]) -> np.n
             field = (1 - part) * field + part * np.roll(field, 1, axis)
     return field
 
-# %% ../../nbs/5_scans/03_regular_grid.ipynb #6898c4ce
+# %% ../../nbs/5_scans/03_regular_grid.ipynb #c1b0b327
 class _Mix(NamedTuple):
     """Which slices make each slice of an even stack: (1 − share)·below + share·after."""
 
@@ -83,14 +83,11 @@ def _even_steps(name: str, fit: SliceSpacing) -> _Mix:
     """Put even steps through a stack, or refuse gaps and tilts that no scanner makes."""
     count = int(fit.gaps.clip(1).sum()) + 1
     if fit.steps.max() > max(_BRIDGE_MM, 2 * fit.usual) + ROUNDED_MM or count > 4 * len(fit.along):
-        raise GeometryError(
-            f"{name}: a gap of {fit.steps.max():.4g} mm is too wide to be bridged between slices "
-            f"{fit.usual:.4g} mm apart; add the missing slices"
-        )
+        text = f"a gap of {fit.steps.max():.4g} mm between slices {fit.usual:.4g} mm apart"
+        raise GeometryError(f"{name}: {text} is too wide to be bridged; add the missing slices")
     if fit.tilt > 45:
-        raise GeometryError(
-            f"{name}: sheared by {fit.tilt:.1f}°, which no gantry is; repair its positions"
-        )
+        text = f"sheared by {fit.tilt:.1f}°, which no gantry is"
+        raise GeometryError(f"{name}: {text}; repair its positions")
     step = float(fit.along[-1] - fit.along[0]) / (count - 1)
     target = fit.along[0] + step * np.arange(count)
     below = np.searchsorted(fit.along, target + ROUNDED_MM, side="right") - 1
@@ -99,7 +96,7 @@ def _even_steps(name: str, fit: SliceSpacing) -> _Mix:
     gap = (fit.along[after] - fit.along[below]).clip(1e-9)
     return _Mix(below, after, np.where(above > ROUNDED_MM, above / gap, 0), step)  # near: as it is
 
-# %% ../../nbs/5_scans/03_regular_grid.ipynb #cf8e7636
+# %% ../../nbs/5_scans/03_regular_grid.ipynb #090afaa9
 def resample_to_regular_grid(
     options: ReadOptions, stack: SliceSource, places_mm: np.ndarray
 ) -> SliceSource:
@@ -108,10 +105,8 @@ def resample_to_regular_grid(
     The grid of `stack` gives pixel size and direction (row, column, normal).
     """
     if options.modality != "clinical":
-        raise GeometryError(
-            f"{options.name}: expected a clinical scan to resample, got {options.modality}: what lies "
-            "outside its field is not known; resample it with its own tools"
-        )
+        text = f"expected a clinical scan to resample, got {options.modality}"
+        raise GeometryError(f"{options.name}: {text}; resample it with its own tools")
     check_spacing(options, stack.grid.spacing_mm)
     sides, source = stack.shape[1:], stack.source
     pixel, axes = np.array(stack.grid.spacing_mm[1:]), np.reshape(stack.grid.direction, (3, 3))
@@ -127,15 +122,15 @@ def resample_to_regular_grid(
         histogram.hu_slice(block, padding)
     table, quiet = histogram.air_table(), options._replace(notes=[], force=True)
     if sheared:
-        options.notes.append(
-            f"sheared by {fit.tilt:.1f}° ({fit.sideways:.3g} mm over the stack): slices moved in their "
-            f"plane, the field of {sides[1]} x {sides[0]} pixels became {field[1]} x {field[0]}"
+        text = (
+            f"sheared by {fit.tilt:.1f}° ({fit.sideways:.3g} mm over the stack): slices moved, the"
         )
+        grown = f"{sides[1]} x {sides[0]} pixels became {field[1]} x {field[0]}"
+        options.notes.append(f"{text} field of {grown}")
     if between := [str(k) for k in np.flatnonzero(mix.share)]:
-        listed = ", ".join(between[:12]) + (", …" if len(between) > 12 else "")
-        options.notes.append(
-            f"{len(between)} of {count} slices interpolated between their neighbours ({listed})"
-        )
+        listed = ", ".join(between[:12] + ["…"] * (len(between) > 12))
+        text = f"{len(between)} of {count} slices interpolated between their neighbours ({listed})"
+        options.notes.append(text)
 
     def placed(k: int) -> np.ndarray:
         block, padding = next(stack.blocks(k, k + 1))
