@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DICOM', 'Series', 'scan_series', 'open_dicom', 'DicomFacts', 'dicom_facts']
 
-# %% ../../nbs/5_scans/04_dicom_series.ipynb #4716ddea
+# %% ../../nbs/5_scans/04_dicom_series.ipynb #ee7c5193
 import math
 from collections.abc import Sequence
 from itertools import pairwise
@@ -16,13 +16,7 @@ import numpy as np
 from ..core import RESEARCH_ONLY, FileError, GeometryError, SettingsError
 from ..data.volume import DicomSource, Grid
 from .dicom_file import DicomSlice, check_images, is_dicom, open_pixels, read_slices
-from mmsr.scans.regular_grid import (
-    ROUNDED_MM,
-    SAME_MM,
-    SliceSpacing,
-    measure_steps,
-    resample_to_regular_grid,
-)
+from .regular_grid import SAME_MM, SliceSpacing, measure_steps, resample_to_regular_grid
 from .slices import Format, ReadOptions, SliceSource, check_spacing
 
 # %% ../../nbs/5_scans/04_dicom_series.ipynb #a9accfa6
@@ -47,7 +41,7 @@ def _sorted(
     ordered = sorted(heads, key=lambda h: float(h.tags["ImagePositionPatient"] @ axes[:, 2]))
     return ordered, np.array([h.tags["ImagePositionPatient"] for h in ordered]), axes
 
-# %% ../../nbs/5_scans/04_dicom_series.ipynb #77f0ece9
+# %% ../../nbs/5_scans/04_dicom_series.ipynb #bfb55135
 def _check_steps(
     options: ReadOptions, heads: list[DicomSlice], fit: SliceSpacing, pixel_mm: float
 ) -> bool:
@@ -56,9 +50,7 @@ def _check_steps(
     if (double := np.flatnonzero(fit.steps < SAME_MM)).size:
         k = int(double[0])
         same = heads[k].stored() == heads[k + 1].stored()
-        what = (
-            "and are copies of one slice" if same else "but differ, as phases or reconstructions do"
-        )
+        what = "and are copies of one slice" if same else "but differ, as phases or kernels do"
         text = f"{pairs[k]} lie at the same place {what} ({double.size} in all)"
         raise GeometryError(f"{options.name}: {text}; keep one of each pair")
     low, high = fit.steps.min(), fit.steps.max()
@@ -69,7 +61,7 @@ def _check_steps(
         k, n = int(fit.holes[0]), int((fit.gaps[fit.holes] - 1).sum())
         gap = f"{pairs[k]}, {fit.steps[k]:.4g} mm apart, expected {fit.usual:.4g} mm"
         text = f"{n} missing, the first between {gap}; add the missing slices"
-    elif fit.uneven > max(0.05 * fit.usual, ROUNDED_MM):
+    elif not fit.even:
         text = f"unevenly spaced slices, {low:.4g} to {high:.4g} mm apart; give an even series"
     else:
         return False

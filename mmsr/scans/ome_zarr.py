@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OME_ZARR', 'is_zarr', 'read_zarr', 'open_zarr']
 
-# %% ../../nbs/5_scans/08_ome_zarr.ipynb #9156d92b
+# %% ../../nbs/5_scans/08_ome_zarr.ipynb #98cd92b1
 import json
 import math
 from collections.abc import Callable
@@ -17,7 +17,6 @@ import numpy as np
 from mmsr.core import (
     FileError,
     GeometryError,
-    MMSRError,
     ResourceError,
     ShapeError,
     available_memory,
@@ -187,7 +186,7 @@ def _header(path: Path) -> tuple[Header, Any]:
         return _own(header, page["mmsr"]), level
     return _oriented(header._replace(unit=strange), axes), level
 
-# %% ../../nbs/5_scans/08_ome_zarr.ipynb #b53d0f18
+# %% ../../nbs/5_scans/08_ome_zarr.ipynb #9b4f4f2a
 def read_zarr(path: Path) -> list[Header]:
     """Read what an OME-Zarr says of level 0, and see whether its pieces are there."""
     try:
@@ -201,7 +200,7 @@ def read_zarr(path: Path) -> list[Header]:
         if total > _PIECES_MAX:
             raise FileError(f"expected up to {_PIECES_MAX} pieces, got {total}")
         stored = level.storage_statistics(query_not_stored=True, query_fully_stored=True).result()
-    except MMSRError:
+    except (FileError, GeometryError, ResourceError, ShapeError):
         raise
     except Exception as e:  # json and tensorstore fail in many ways; their texts name folders
         text = "expected an OME-Zarr 0.4 or 0.5, got a damaged, otherwise packed or another Zarr"

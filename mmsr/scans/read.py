@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMATS', 'format_of', 'Found', 'find_scan', 'inspect_file', 'open_stack', 'read_volume', 'read_mask']
 
-# %% ../../nbs/5_scans/09_read.ipynb #54d60770
+# %% ../../nbs/5_scans/09_read.ipynb #df4c2e66
 import errno
 import os
 import re
@@ -29,28 +29,14 @@ from mmsr.core import (
 from ..data.volume import Volume, slice_range
 from .dicom_series import DICOM
 from .ome_zarr import OME_ZARR
-from mmsr.scans.slices import (
-    Format,
-    ReadOptions,
-    SliceSource,
-    checked_grid,
-    read_options,
-    volume_of,
-)
+from .slices import Format, ReadOptions, SliceSource, check_grid, read_options, volume_of
 from .tiff_stack import TIFF
 from .volume_files import METAIMAGE, NIFTI, NRRD
 
-# %% ../../nbs/5_scans/09_read.ipynb #235e8a44
-FORMATS: dict[str, Format] = {
-    "dicom": DICOM,
-    "nifti": NIFTI,
-    "nrrd": NRRD,
-    "metaimage": METAIMAGE,
-    "tiff": TIFF,
-    "zarr": OME_ZARR,
-}
+# %% ../../nbs/5_scans/09_read.ipynb #5d833de3
+FORMATS: list[Format] = [DICOM, NIFTI, NRRD, METAIMAGE, TIFF, OME_ZARR]
 
-# %% ../../nbs/5_scans/09_read.ipynb #9a1ec69c
+# %% ../../nbs/5_scans/09_read.ipynb #ea086c14
 _NOT_READ = {
     ".zip .7z .rar .tar .tgz .tar.gz .tar.bz2 .tar.xz": "an archive; unpack it and give what is inside",
     ".png .jpg .jpeg .bmp .gif .webp": "pictures without voxel size; export DICOM or TIFF",
@@ -62,14 +48,14 @@ _MOST_FILES = 50_000
 
 def format_of(path: Path) -> Format | None:
     """Tell the format of a file by its name, or that of a file or folder by what is in it."""
-    formats, name = FORMATS.values(), path.name.lower()
-    if path.is_file() and (named := [f for f in formats if name.endswith(f.endings)]):
+    name = path.name.lower()
+    if path.is_file() and (named := [f for f in FORMATS if name.endswith(f.endings)]):
         return named[0]
-    return next((f for f in formats if f.is_one(path)), None)
+    return next((f for f in FORMATS if f.is_one(path)), None)
 
 
 def _unreadable(path: Path, what: str) -> FileError:
-    known = ", ".join(f.name for f in FORMATS.values())
+    known = ", ".join(f.name for f in FORMATS)
     return FileError(f"{path.name}: expected a scan ({known}) or a folder of slices, got {what}")
 
 
@@ -156,7 +142,7 @@ def _below(path: Path, inside: list[Found]) -> Iterator[Path]:
                 folders.remove(name)
         yield from (Path(top) / name for name in names)
 
-# %% ../../nbs/5_scans/09_read.ipynb #12979945
+# %% ../../nbs/5_scans/09_read.ipynb #118d2a67
 @contextmanager
 def _one_line(name: str) -> Iterator[None]:
     """Say in one line what the system has to say."""
@@ -188,7 +174,7 @@ def open_stack(options: ReadOptions, found: Found, heads: list[Any]) -> SliceSou
         raise SettingsError(f"series: {options.name} is no DICOM and has no series; leave it out")
     with _one_line(options.name):
         stack = found.format.open(options, heads)
-    return stack._replace(grid=checked_grid(options, stack.grid))
+    return stack._replace(grid=check_grid(options, stack.grid))
 
 # %% ../../nbs/5_scans/09_read.ipynb #f00ee17f
 def read_volume(

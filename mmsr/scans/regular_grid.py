@@ -16,7 +16,7 @@ from ..core import GeometryError
 from ..data.volume import AIR_HU, Grid
 from .slices import Block, HuHistogram, ReadOptions, SliceSource, check_spacing
 
-# %% ../../nbs/5_scans/03_regular_grid.ipynb #9aac994f
+# %% ../../nbs/5_scans/03_regular_grid.ipynb #95cc07cc
 SAME_MM = 1e-3  # slices nearer than this lie at one place
 ROUNDED_MM = 0.06  # some writers round positions to 0.1 mm
 _BRIDGE_MM = 10.0  # widest gap to interpolate across, or one missing slice
@@ -32,6 +32,11 @@ class SliceSpacing(NamedTuple):
     sideways: float  # farthest that a slice lies off the normal through the first
     tilt: float  # degrees between the normal and the way from slice to slice
     uneven: float  # farthest that a slice lies off an even grid
+
+    @property
+    def even(self) -> bool:
+        """Whether its slices lie on an even grid, as far as positions are rounded."""
+        return self.uneven <= max(0.05 * self.usual, ROUNDED_MM)
 
     @property
     def holes(self) -> np.ndarray:
@@ -96,7 +101,7 @@ def _even_steps(name: str, fit: SliceSpacing) -> _Mix:
     gap = (fit.along[after] - fit.along[below]).clip(1e-9)
     return _Mix(below, after, np.where(above > ROUNDED_MM, above / gap, 0), step)  # near: as it is
 
-# %% ../../nbs/5_scans/03_regular_grid.ipynb #090afaa9
+# %% ../../nbs/5_scans/03_regular_grid.ipynb #4b7439a0
 def resample_to_regular_grid(
     options: ReadOptions, stack: SliceSource, places_mm: np.ndarray
 ) -> SliceSource:
@@ -122,11 +127,9 @@ def resample_to_regular_grid(
         histogram.hu_slice(block, padding)
     table, quiet = histogram.air_table(), options._replace(notes=[], force=True)
     if sheared:
-        text = (
-            f"sheared by {fit.tilt:.1f}° ({fit.sideways:.3g} mm over the stack): slices moved, the"
-        )
-        grown = f"{sides[1]} x {sides[0]} pixels became {field[1]} x {field[0]}"
-        options.notes.append(f"{text} field of {grown}")
+        moved = f"sheared by {fit.tilt:.1f}° ({fit.sideways:.3g} mm over the stack): slices moved in their"
+        grown = f"the field of {sides[1]} x {sides[0]} pixels became {field[1]} x {field[0]}"
+        options.notes.append(f"{moved} plane, {grown}")
     if between := [str(k) for k in np.flatnonzero(mix.share)]:
         listed = ", ".join(between[:12] + ["…"] * (len(between) > 12))
         text = f"{len(between)} of {count} slices interpolated between their neighbours ({listed})"

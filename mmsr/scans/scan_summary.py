@@ -72,7 +72,7 @@ def radiological_view(
     letters = tuple(side_letters(v) for v in (-right, right, -down, down))
     return Plane(title, image, pixel_mm, letters)  # type: ignore[arg-type]
 
-# %% ../../nbs/5_scans/13_scan_summary.ipynb #e0ad9152
+# %% ../../nbs/5_scans/13_scan_summary.ipynb #97f0ed84
 class ScanInfo(NamedTuple):
     """What a scan is, where it lies, and what reading it would say."""
 
@@ -103,15 +103,12 @@ def _format(found: Found) -> str:
 def _dicom_lines(facts: DicomFacts) -> tuple[tuple[str, str], ...]:
     """Put what the headers of a series say into lines."""
     tags, fit, gaps = facts.series.tags, facts.fit, facts.gaps
-    number, thick, shown = (
-        tags[t] for t in ("SeriesNumber", "SliceThickness", "PhotometricInterpretation")
-    )
-    missing, places = (
-        sum(n for _, n in gaps),
-        ", ".join(f"{n} at {mm:.4g} mm" for mm, n in gaps[:6]),
-    )
+    number, thick = tags["SeriesNumber"], tags["SliceThickness"]
+    shown = tags["PhotometricInterpretation"]
+    places = ", ".join(f"{n} at {mm:.4g} mm" for mm, n in gaps[:6])
+    missing, same, double = sum(n for _, n in gaps), sum(facts.copies), len(facts.copies)
     low, high, tilt = fit.steps.min(), fit.steps.max(), facts.tilt_degrees
-    same, double = sum(facts.copies), len(facts.copies)
+    uneven = not gaps and high - low > 0.1 * fit.usual
     lines = (
         ("packing", facts.packing),
         ("number", number.isdigit() and f"series {int(number)}"),
@@ -119,10 +116,7 @@ def _dicom_lines(facts: DicomFacts) -> tuple[tuple[str, str], ...]:
         ("thickness", thick and f"{thick:g} mm, slices {fit.usual:.4g} mm apart"),
         ("tilt", tilt and f"{tilt:.1f}°, {fit.sideways:.1f} mm sideways over the stack"),
         ("gaps", gaps and f"missing slices: {missing} ({places} from the first slice)"),
-        (
-            "steps",
-            not gaps and high - low > 0.1 * fit.usual and f"{low:.4g} to {high:.4g} mm apart",
-        ),
+        ("steps", uneven and f"{low:.4g} to {high:.4g} mm apart"),
         ("doubles", double and f"{same} places with copies, {double - same} with different slices"),
         ("photometric", shown != "MONOCHROME2" and shown),
     )

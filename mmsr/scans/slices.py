@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRUST', 'OVERRULE', 'IN_PLANE_MM', 'MODALITIES', 'PADDING_BELOW_HU', 'IMPOSSIBLE_HU', 'Block', 'ReadOptions', 'doubt',
-           'check_spacing', 'voxel_size', 'checked_grid', 'read_options', 'padding_values', 'HuHistogram',
-           'SliceSource', 'SliceReader', 'SharedFile', 'volume_of', 'Format']
+           'check_spacing', 'voxel_size', 'check_grid', 'read_options', 'padding_values', 'HuHistogram', 'SliceSource',
+           'SliceReader', 'SharedFile', 'volume_of', 'Format']
 
 # %% ../../nbs/5_scans/01_slices.ipynb #d0013162
 import math
@@ -46,7 +46,7 @@ def doubt(options: ReadOptions, kind: type[MMSRError], text: str) -> None:
         raise kind(f"{options.name}: {text}{OVERRULE}")
     options.notes.append(f"{TRUST}{options.name}: {text}")
 
-# %% ../../nbs/5_scans/01_slices.ipynb #0d55dcbe
+# %% ../../nbs/5_scans/01_slices.ipynb #831e022b
 IN_PLANE_MM = {"clinical": (0.02, 5.0), "micro": (0.001, 0.5)}
 MODALITIES = {"clinical": ("CT",), "micro": ("CT", "OT")}
 
@@ -80,7 +80,7 @@ def voxel_size(
     return z, y, x
 
 
-def checked_grid(options: ReadOptions, grid: Grid) -> Grid:
+def check_grid(options: ReadOptions, grid: Grid) -> Grid:
     """Check voxels; those of the caller stand in for the file's, with force when they disagree."""
     if options.voxel and not np.allclose(options.voxel, grid.spacing_mm, rtol=1e-3):
         text = f"expected the file's own voxels {grid.spacing_mm} mm (z, y, x), got {options.voxel}"
@@ -120,7 +120,7 @@ def padding_values(counts: np.ndarray) -> np.ndarray:
     values = np.arange(-32768, PADDING_BELOW_HU)
     return values[spike | ((values < IMPOSSIBLE_HU) & (low > 0))]
 
-# %% ../../nbs/5_scans/01_slices.ipynb #878364c8
+# %% ../../nbs/5_scans/01_slices.ipynb #172a7073
 class HuHistogram:
     """What `hu_slice` saw in the slices of a scan, and what follows from all of them."""
 
@@ -173,9 +173,7 @@ class HuHistogram:
             text = f"{self.over} voxels lie above 32767, which HU never do; check the unit"
             doubt(options, RangeError, text)
         if air < 0.001 * (counts.sum() - padding):
-            text = (
-                f"values {low} to {high} do not look like HU: expected 0.1 % of air (below −500 HU)"
-            )
+            text = f"values {low} to {high} do not look like HU: hardly any air (below −500 HU)"
             doubt(options, RangeError, f"{text}; give the scan in HU")
         if self.rounded:
             options.notes.append("values rounded to whole HU")
@@ -185,7 +183,7 @@ class HuHistogram:
             options.notes.append(f"{padding} padding voxels ({words}) set to {AIR_HU} HU")
         return table
 
-# %% ../../nbs/5_scans/01_slices.ipynb #596aae57
+# %% ../../nbs/5_scans/01_slices.ipynb #a0dce899
 Block = tuple[np.ndarray, tuple[float, float] | None]  # a slice, and its declared padding
 
 
@@ -215,11 +213,6 @@ class SliceReader:
     def size(self) -> int:
         """Number of voxels."""
         return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that all slices would take."""
-        return self.size * self.dtype.itemsize
 
     def __len__(self) -> int:
         return self.shape[0]

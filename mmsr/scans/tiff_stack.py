@@ -72,7 +72,7 @@ def _tiff_cut(tif: Any) -> bool:
             return True
     return False
 
-# %% ../../nbs/5_scans/07_tiff_stack.ipynb #23ef4110
+# %% ../../nbs/5_scans/07_tiff_stack.ipynb #c451b8a5
 LENGTHS_MM = {
     **dict.fromkeys(("µm", "μm", "um", "micron", "microns", "micrometer", "\\u00B5m"), 1e-3),
     **dict.fromkeys(("mm", "millimeter"), 1.0),
@@ -121,9 +121,7 @@ def read_tiff(path: Path) -> list[TiffFile]:
     if cut:
         raise FileError("cut short, pages or pixels are missing; copy the file again")
     if not grey or dtype.kind not in "iuf" or (photometric == 0 and dtype.kind != "u"):
-        raise FileError(
-            "expected one grey number per pixel, got colour or another kind; convert it"
-        )
+        raise FileError("expected one grey number per pixel, got colour or others; convert it")
     if count > 1 or len(stacked) > 1 or not min(height, width, *stacked):
         got = f"{count} of {2 + len(stacked)}-D"
         raise ShapeError(f"expected one stack of slices, got {got}; save one")
@@ -132,7 +130,7 @@ def read_tiff(path: Path) -> list[TiffFile]:
     size, white = (height, width), photometric == 0
     return [TiffFile(path, stacked[0], size, dtype, white, lossy, named, said)]
 
-# %% ../../nbs/5_scans/07_tiff_stack.ipynb #6014bf0a
+# %% ../../nbs/5_scans/07_tiff_stack.ipynb #c4ca72db
 def _side_file(path: Path) -> dict[str, str]:
     """Read the settings of a text file in sections; keys are ``section/name``, in small letters."""
     fields, section = {}, ""
@@ -172,9 +170,7 @@ def _said_beside(files: list[Path], size: tuple[int, int]) -> list[Said]:
             continue  # a log of something else
         if all(held) and held != [str(n) for n in size]:
             text = f"expected slices of {held[0]} × {held[1]} pixels beside it, got {size[0]} × {size[1]}"
-            raise GeometryError(
-                f"{path.name}: {text}; take it away and give voxel_mm=… or voxel_um=…"
-            )
+            raise GeometryError(f"{path.name}: {text}; take it away and give voxel_mm=…")
         said.append(((z, y, x), f"{path.name}, [{section}] {word}"))
     return said
 
@@ -222,7 +218,7 @@ def _check_stack(options: ReadOptions, files: list[TiffFile]) -> None:
     if files[0].inverted:
         options.notes.append("stored with white as 0: turned round, so that dense is bright")
 
-# %% ../../nbs/5_scans/07_tiff_stack.ipynb #4acc0b02
+# %% ../../nbs/5_scans/07_tiff_stack.ipynb #7769948b
 def _tiff_slices(tif: Any, first: int, last: int) -> Iterator[np.ndarray]:
     """Read pages of an open TIFF file, one at a time."""
     series = tif.series[0]
@@ -259,8 +255,6 @@ def open_tiff(options: ReadOptions, files: list[TiffFile]) -> SliceSource:
         try:
             for page in pages(first, last):
                 yield (np.iinfo(page.dtype).max - page if one.inverted else page), None
-        except FileError:
-            raise
         except Exception as e:  # see read_tiff
             text = "its pixels cannot be unpacked; copy it again or save it uncompressed"
             raise FileError(f"{options.name}: {text}") from e

@@ -19,7 +19,7 @@ from .regular_grid import resample_to_regular_grid
 from .slices import Block, Format, ReadOptions, SharedFile, SliceSource, doubt
 from .volume_headers import HEADERS, Header, read_header, unpack
 
-# %% ../../nbs/5_scans/06_volume_files.ipynb #d970a0cf
+# %% ../../nbs/5_scans/06_volume_files.ipynb #520c2b38
 def _check_length(options: ReadOptions, header: Header, found: int) -> None:
     """Refuse a file with less data than its header promises; doubt one with more."""
     name, ahead = header.data.name, header.start
@@ -42,9 +42,7 @@ def _open_data(options: ReadOptions, header: Header) -> tuple[SharedFile, int]:
         raise FileError(f"{header.data.name}: {text}; copy the file again")
     if header.due > (free := shutil.disk_usage(tempfile.gettempdir()).free):
         text = f"unpacks to {header.due / 1e9:.2f} GB, got {free / 1e9:.2f} GB for temporary files"
-        raise ResourceError(
-            f"{header.data.name}: {text}; free space or set TMPDIR to a larger disk"
-        )
+        raise ResourceError(f"{header.data.name}: {text}; free space, or set TMPDIR elsewhere")
     held, found = SharedFile(tempfile.TemporaryFile()), 0  # noqa: SIM115 (held on purpose)
     try:
         for piece in unpack(header.data, header.start):

@@ -88,7 +88,7 @@ def unpack(path: Path, start: int = 0) -> Iterator[bytes]:
         raise FileError("expected packed data, got a damaged or other file") from e
     raise FileError("cut short, its packed data break off; copy the file again")
 
-# %% ../../nbs/5_scans/05_volume_headers.ipynb #e23cb422
+# %% ../../nbs/5_scans/05_volume_headers.ipynb #2d8a157f
 _CONTRADICTS = "contradicts itself: {}; mend its header"
 
 
@@ -114,17 +114,7 @@ def _nifti_fields(path: Path, raw: bytes) -> Any:
         raise ValueError("dim")
     return head
 
-
-def _nifti_affine(head: Any) -> np.ndarray | None:
-    """Return the sform, or else the qform, of a NIfTI header (4, 4), RAS; None if it has neither."""
-    if head["sform_code"] > 0:
-        return head.get_sform()
-    if head["qform_code"] <= 0:
-        return None
-    head["pixdim"][0] = -1 if head["pixdim"][0] < 0 else 1  # 0 stands for 1
-    return head.get_qform()
-
-# %% ../../nbs/5_scans/05_volume_headers.ipynb #b2ad5c4b
+# %% ../../nbs/5_scans/05_volume_headers.ipynb #8b1bac74
 def read_nifti(path: Path) -> Header:
     """Read the header of a NIfTI file, version 1 or 2."""
     from nibabel.nifti1 import data_type_codes
@@ -161,8 +151,10 @@ def read_nifti(path: Path) -> Header:
         header = header._replace(spacing=pixdim)
     else:
         header = header._replace(unit={1: "m", 3: "µm"}.get(units, f"unit {units} of NIfTI"))
-    if (affine := _nifti_affine(head)) is None:
+    if head["sform_code"] <= 0 and head["qform_code"] <= 0:
         return header
+    head["pixdim"][0] = -1 if head["pixdim"][0] < 0 else 1  # 0 stands for 1
+    affine = head.get_sform() if head["sform_code"] > 0 else head.get_qform()
     rows = affine[:3] * [[-1], [-1], [1]]  # RAS to LPS
     norms = np.linalg.norm(rows[:, :3], axis=0)
     if head["sform_code"] > 0 and not np.allclose(norms, pixdim, rtol=1e-3):
@@ -214,7 +206,7 @@ def _known(what: str, value: str, known: dict[str, Any]) -> Any:
         raise FileError(f"expected a known {what}, got {shown!r}; convert it")
     return known[value]
 
-# %% ../../nbs/5_scans/05_volume_headers.ipynb #5fd14581
+# %% ../../nbs/5_scans/05_volume_headers.ipynb #92b1f735
 _NRRD_TYPES = _words(
     "i1: signed char, int8; u1: uchar, unsigned char, uint8; i2: short, int16; u2: ushort, "
     "unsigned short, uint16; i4: int, int32; u4: uint, unsigned int, uint32; i8: longlong, "
@@ -273,9 +265,7 @@ def read_nrrd(path: Path) -> Header:
     header = _with_data(header, other, skip)
     kinds = fields.get("kinds", "").lower().split()
     if set(kinds) - {"domain", "space", "none", "???"}:
-        text = (
-            f"expected one value per voxel, got axes of kind {' '.join(kinds)} (colour or vectors)"
-        )
+        text = f"expected one value per voxel, got axes of kind {' '.join(kinds)} (colour)"
         raise FileError(f"{text}; convert it to grey")
     return _nrrd_place(header, fields)
 
