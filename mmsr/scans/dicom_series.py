@@ -158,7 +158,7 @@ def _one_series(options: ReadOptions, heads: Sequence[DicomSlice]) -> Series:
         raise SettingsError(f"{options.name}: {text}; there are {listed}")
     return chosen[0]
 
-# %% ../../nbs/5_scans/04_dicom_series.ipynb #6776a9a8
+# %% ../../nbs/5_scans/04_dicom_series.ipynb #dd9d8e81
 def open_dicom(options: ReadOptions, heads: Sequence[DicomSlice]) -> SliceSource:
     """Open the slices of one DICOM series without decoding any."""
     heads, places, axes = _sorted(options, _one_series(options, heads).heads)
@@ -168,7 +168,12 @@ def open_dicom(options: ReadOptions, heads: Sequence[DicomSlice]) -> SliceSource
     y_mm, x_mm = map(float, tags["PixelSpacing"])
     bent = False
     if len(heads) == 1:
-        step = _own_thickness(options, tags)
+        tag = next((t for t in ("SpacingBetweenSlices", "SliceThickness") if tags[t]), "")
+        if not tag:
+            text = "a single slice that does not say its thickness; give the whole series"
+            raise GeometryError(f"{options.name}: {text}")
+        options.notes.append(f"a single slice: its z spacing is the tag {tag}")
+        step = float(tags[tag])
     else:
         fit = measure_steps(places, axes[:, 2])
         bent = _check_steps(options, heads, fit, min(y_mm, x_mm))
@@ -187,16 +192,6 @@ def open_dicom(options: ReadOptions, heads: Sequence[DicomSlice]) -> SliceSource
     check_spacing(options, grid.spacing_mm)  # the file's own, whatever the caller gives
     stack = SliceSource(shape, kind, grid, blocks, source)
     return resample_to_regular_grid(options, stack, places) if bent else stack
-
-
-def _own_thickness(options: ReadOptions, tags: dict[str, Any]) -> float:
-    """Return the z spacing that a single slice gives itself."""
-    tag = next((t for t in ("SpacingBetweenSlices", "SliceThickness") if tags[t]), "")
-    if not tag:
-        text = "a single slice that does not say its thickness; give the whole series"
-        raise GeometryError(f"{options.name}: {text}")
-    options.notes.append(f"a single slice: its z spacing is the tag {tag}")
-    return float(tags[tag])
 
 
 DICOM = Format("DICOM", (".dcm", ".ima"), read_slices, open_dicom, is_dicom, many=True)

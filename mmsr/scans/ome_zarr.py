@@ -26,7 +26,7 @@ from .tiff_stack import LENGTHS_MM
 from .volume_files import stack_of
 from .volume_headers import Header, notice_in
 
-# %% ../../nbs/5_scans/08_ome_zarr.ipynb #772f6465
+# %% ../../nbs/5_scans/08_ome_zarr.ipynb #3326a81d
 _MARKS = ("zarr.json", ".zattrs", ".zgroup", ".zarray")
 _PAGE_MAX = 1 << 22  # bytes of metadata
 _OTHERS = {
@@ -48,13 +48,9 @@ def _page(path: Path) -> dict[str, Any]:
     file = path / "zarr.json"
     if not file.is_file():
         file = path / ".zattrs"
-    if not file.is_file():  # nor a pipe, which would wait for ever
-        raise ValueError("no page")
-    with file.open("rb") as f:
-        raw = f.read(_PAGE_MAX + 1)
-    if len(raw) > _PAGE_MAX:
-        raise ValueError("too long")
-    page = json.loads(raw)
+    if not file.is_file() or file.stat().st_size > _PAGE_MAX:  # a pipe would wait for ever
+        raise ValueError("no page, or too long")
+    page = json.loads(file.read_bytes())
     return page.get("attributes", {}) if file.name == "zarr.json" else page
 
 

@@ -74,18 +74,12 @@ def _moved(plane: np.ndarray, shift: np.ndarray, sides: tuple[int, int]) -> np.n
             field = (1 - part) * field + part * np.roll(field, 1, axis)
     return field
 
-# %% ../../nbs/5_scans/03_regular_grid.ipynb #c1b0b327
-class _Mix(NamedTuple):
-    """Which slices make each slice of an even stack: (1 − share)·below + share·after."""
+# %% ../../nbs/5_scans/03_regular_grid.ipynb #6a5de2b9
+def _even_steps(name: str, fit: SliceSpacing) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """Put even steps through a stack, or refuse gaps and tilts that no scanner makes.
 
-    below: np.ndarray
-    after: np.ndarray
-    share: np.ndarray
-    step: float  # mm
-
-
-def _even_steps(name: str, fit: SliceSpacing) -> _Mix:
-    """Put even steps through a stack, or refuse gaps and tilts that no scanner makes."""
+    Slice k of the even stack is (1 − share[k])·below[k] + share[k]·after[k]; the last is the step, mm.
+    """
     count = int(fit.gaps.clip(1).sum()) + 1
     if fit.steps.max() > max(_BRIDGE_MM, 2 * fit.usual) + ROUNDED_MM or count > 4 * len(fit.along):
         text = f"a gap of {fit.steps.max():.4g} mm between slices {fit.usual:.4g} mm apart"
@@ -99,9 +93,9 @@ def _even_steps(name: str, fit: SliceSpacing) -> _Mix:
     after = np.minimum(below + 1, len(fit.along) - 1)
     above = (target - fit.along[below]).clip(0)
     gap = (fit.along[after] - fit.along[below]).clip(1e-9)
-    return _Mix(below, after, np.where(above > ROUNDED_MM, above / gap, 0), step)  # near: as it is
+    return below, after, np.where(above > ROUNDED_MM, above / gap, 0), step  # near: as it is
 
-# %% ../../nbs/5_scans/03_regular_grid.ipynb #4b7439a0
+# %% ../../nbs/5_scans/03_regular_grid.ipynb #0d795285
 def resample_to_regular_grid(
     options: ReadOptions, stack: SliceSource, places_mm: np.ndarray
 ) -> SliceSource:
@@ -116,8 +110,8 @@ def resample_to_regular_grid(
     sides, source = stack.shape[1:], stack.source
     pixel, axes = np.array(stack.grid.spacing_mm[1:]), np.reshape(stack.grid.direction, (3, 3))
     fit = measure_steps(places_mm, axes[:, 2])
-    mix = _even_steps(options.name, fit)
-    count = len(mix.share)
+    below, after, share, step = _even_steps(options.name, fit)
+    count = len(share)
     sheared = fit.sideways > pixel.min() / 4
     way = ((places_mm - places_mm[0]) @ axes)[:, 1::-1] * sheared  # y, x of the first pixels
     shift = ((way - way.min(0)) / pixel).round(2)
@@ -130,7 +124,7 @@ def resample_to_regular_grid(
         moved = f"sheared by {fit.tilt:.1f}° ({fit.sideways:.3g} mm over the stack): slices moved in their"
         grown = f"the field of {sides[1]} x {sides[0]} pixels became {field[1]} x {field[0]}"
         options.notes.append(f"{moved} plane, {grown}")
-    if between := [str(k) for k in np.flatnonzero(mix.share)]:
+    if between := [str(k) for k in np.flatnonzero(share)]:
         listed = ", ".join(between[:12] + ["…"] * (len(between) > 12))
         text = f"{len(between)} of {count} slices interpolated between their neighbours ({listed})"
         options.notes.append(text)
@@ -143,7 +137,8 @@ def resample_to_regular_grid(
 
     def blocks(first: int, last: int) -> Iterator[Block]:
         kept: dict[int, np.ndarray] = {}
-        for low, high, part in zip(*(a[first:last].tolist() for a in mix[:3]), strict=True):
+        mix = (a[first:last].tolist() for a in (below, after, share))
+        for low, high, part in zip(*mix, strict=True):
             needed = (low, high) if part else (low,)
             kept = {k: kept[k] if k in kept else placed(k) for k in needed}
             plane = (1 - part) * kept[low] + part * kept[high] if part else kept[low]
@@ -151,7 +146,7 @@ def resample_to_regular_grid(
 
     x, y, z = map(float, places_mm[0] + axes[:, 1::-1] @ way.min(0))
     if source is not None:
-        nearest = np.where(mix.share > 0.5, mix.after, mix.below).tolist()
+        nearest = np.where(share > 0.5, after, below).tolist()
         source = source._replace(instances=tuple(source.instances[k] for k in nearest))
-    grid = Grid((mix.step, *stack.grid.spacing_mm[1:]), (x, y, z), stack.grid.direction)
+    grid = Grid((step, *stack.grid.spacing_mm[1:]), (x, y, z), stack.grid.direction)
     return SliceSource((count, *field), np.dtype(np.int16), grid, blocks, source)

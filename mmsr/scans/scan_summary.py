@@ -169,7 +169,7 @@ def _open_somehow(
                 break
     return None, options
 
-# %% ../../nbs/5_scans/13_scan_summary.ipynb #480955e6
+# %% ../../nbs/5_scans/13_scan_summary.ipynb #b022206b
 _MOST_SLICES = 600  # that are looked at
 _MOST_PIXELS = 1024  # of a side of a picture
 
@@ -200,18 +200,6 @@ def _pass_over(
     return histogram, (low, high), planes, faults
 
 
-def _judged(
-    histogram: HuHistogram, planes: list[np.ndarray]
-) -> tuple[list[np.ndarray], tuple[float, str] | None, tuple[float, float]]:
-    """Turn padding into air in planes; return them, its share and values, and the range of the rest."""
-    table, counts = histogram.air_table(), histogram.counts
-    values, count, words = histogram.padding()
-    kept = np.setdiff1d(np.flatnonzero(counts).astype(np.uint16).view(np.int16), values)
-    ends = (float(kept.min()), float(kept.max())) if kept.size else (math.nan, math.nan)
-    padding = (float(count / counts.sum()), words) if count else None
-    return [table[p.view(np.uint16)] for p in planes], padding, ends
-
-
 def _views(info: ScanInfo, grid: Grid, planes: list[np.ndarray], every: int) -> tuple[Plane, ...]:
     """Turn three planes of an array as radiologists look at them."""
     if len(planes) < 3:
@@ -230,7 +218,7 @@ def _views(info: ScanInfo, grid: Grid, planes: list[np.ndarray], every: int) -> 
         views.append(plane._replace(title=plane.title or name))
     return tuple(views)
 
-# %% ../../nbs/5_scans/13_scan_summary.ipynb #8fb6d129
+# %% ../../nbs/5_scans/13_scan_summary.ipynb #22dc3788
 def _survey(info: ScanInfo, options: ReadOptions, stack: SliceSource) -> ScanInfo:
     """Add what one pass over the slices shows: values, padding, planes, and what reading would say."""
     every = math.ceil(stack.shape[0] / _MOST_SLICES)
@@ -238,7 +226,12 @@ def _survey(info: ScanInfo, options: ReadOptions, stack: SliceSource) -> ScanInf
     histogram, values, planes, faults = _pass_over(options, stack, every)
     window, padding = LUNG_WINDOW_HU, None
     if clinical and len(planes) == 3:
-        planes, padding, values = _judged(histogram, planes)
+        table, counts = histogram.air_table(), histogram.counts
+        marked, count, words = histogram.padding()
+        kept = np.setdiff1d(np.flatnonzero(counts).astype(np.uint16).view(np.int16), marked)
+        values = (float(kept.min()), float(kept.max())) if kept.size else (math.nan, math.nan)
+        padding = (float(count / counts.sum()), words) if count else None
+        planes = [table[plane.view(np.uint16)] for plane in planes]  # without padding
     trusted = [n for n in options.notes if n.startswith(TRUST)]
     if len(planes) == 3 and (any("HU" in n for n in trusted) or not clinical):  # unknown grey
         finite = planes[0][np.isfinite(planes[0])]
