@@ -69,7 +69,7 @@ def _check_steps(
         raise GeometryError(f"{options.name}: {text}, or resample with --resample (resample=True)")
     return True
 
-# %% ../../nbs/5_scans/04_dicom_series.ipynb #7eb86dd6
+# %% ../../nbs/5_scans/04_dicom_series.ipynb #c710c25a
 _DIRECTORY = "1.2.840.10008.1.3.10"  # the table of contents of a disc
 _PART = {
     "StackID": "stack",
@@ -87,14 +87,10 @@ class Series(NamedTuple):
     part: str  # what tells it from other stacks or phases of the same series
     heads: list[DicomSlice]  # their headers may be damaged
 
-    @property
-    def tags(self) -> dict[str, Any]:
-        """Tags of its first slice."""
-        return self.heads[0].tags
-
     def line(self) -> str:
         """Describe it in one line."""
-        tags, n, several = self.tags, len(self.heads), "s" * (len(self.heads) > 1)
+        tags, n = self.heads[0].tags, len(self.heads)
+        several = "s" * (n > 1)
         pixel, thick, number = (tags[t] for t in ("PixelSpacing", "SliceThickness", "SeriesNumber"))
         sides = (tags[t] for t in ("Rows", "Columns"))
         rows, columns = (side if isinstance(side, int | float) else 0 for side in sides)
@@ -196,31 +192,16 @@ def open_dicom(options: ReadOptions, heads: Sequence[DicomSlice]) -> SliceSource
 
 DICOM = Format("DICOM", (".dcm", ".ima"), read_slices, open_dicom, is_dicom, many=True)
 
-# %% ../../nbs/5_scans/04_dicom_series.ipynb #e336cbb5
+# %% ../../nbs/5_scans/04_dicom_series.ipynb #4ecde76b
 class DicomFacts(NamedTuple):
     """What the headers of one series say, sound or not."""
 
     series: Series
     fit: SliceSpacing  # how its slices follow each other; NaN for one that does not say
     copies: list[bool]  # for each pair at one place, whether it is one slice twice
-
-    @property
-    def packing(self) -> str:
-        """Name of the transfer syntax, and whether anything was lost."""
-        lossy = any(h.tags["LossyImageCompression"] == "01" for h in self.series.heads)
-        return self.series.heads[0].syntax.name + ", with loss" * lossy
-
-    @property
-    def tilt_degrees(self) -> float:
-        """Angle of the way from slice to slice to the slice normal; 0 if within tolerance."""
-        tolerance_mm = min(self.series.tags["PixelSpacing"]) / 4
-        return self.fit.tilt if self.fit.sideways > tolerance_mm else 0.0
-
-    @property
-    def gaps(self) -> list[tuple[float, int]]:
-        """How far each gap is from the first slice in mm, and how many slices are missing there."""
-        fit = self.fit
-        return [(float(fit.along[k] - fit.along[0]), int(fit.gaps[k]) - 1) for k in fit.holes]
+    packing: str  # name of the transfer syntax, and whether anything was lost
+    tilt_degrees: float  # of the way from slice to slice to their normal; 0 if within tolerance
+    gaps: list[tuple[float, int]]  # mm from the first slice, and how many slices are missing there
 
 
 def dicom_facts(options: ReadOptions, heads: Sequence[DicomSlice]) -> DicomFacts:
@@ -234,4 +215,8 @@ def dicom_facts(options: ReadOptions, heads: Sequence[DicomSlice]) -> DicomFacts
     fit = measure_steps(places, axes[:, 2])
     double = np.flatnonzero(fit.steps < SAME_MM).tolist()
     copies = [heads[k].stored() == heads[k + 1].stored() for k in double]
-    return DicomFacts(series._replace(heads=heads), fit, copies)
+    lossy = any(head.tags["LossyImageCompression"] == "01" for head in heads)
+    packing = heads[0].syntax.name + ", with loss" * lossy
+    tilt = fit.tilt if fit.sideways > min(heads[0].tags["PixelSpacing"]) / 4 else 0.0
+    gaps = [(float(fit.along[k] - fit.along[0]), int(fit.gaps[k]) - 1) for k in fit.holes]
+    return DicomFacts(series._replace(heads=heads), fit, copies, packing, tilt, gaps)

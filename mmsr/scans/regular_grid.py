@@ -95,7 +95,7 @@ def _even_steps(name: str, fit: SliceSpacing) -> tuple[np.ndarray, np.ndarray, n
     gap = (fit.along[after] - fit.along[below]).clip(1e-9)
     return below, after, np.where(above > ROUNDED_MM, above / gap, 0), step  # near: as it is
 
-# %% ../../nbs/5_scans/03_regular_grid.ipynb #0d795285
+# %% ../../nbs/5_scans/03_regular_grid.ipynb #e9cccfaa
 def resample_to_regular_grid(
     options: ReadOptions, stack: SliceSource, places_mm: np.ndarray
 ) -> SliceSource:
@@ -145,8 +145,7 @@ def resample_to_regular_grid(
             yield np.where(np.isnan(plane), AIR_HU, np.rint(plane)).astype(np.int16), None
 
     x, y, z = map(float, places_mm[0] + axes[:, 1::-1] @ way.min(0))
-    if source is not None:
-        nearest = np.where(share > 0.5, after, below).tolist()
-        source = source._replace(instances=tuple(source.instances[k] for k in nearest))
+    nearest = np.where(share > 0.5, after, below).tolist()
+    source = source and source._replace(instances=tuple(source.instances[k] for k in nearest))
     grid = Grid((step, *stack.grid.spacing_mm[1:]), (x, y, z), stack.grid.direction)
     return SliceSource((count, *field), np.dtype(np.int16), grid, blocks, source)

@@ -72,7 +72,7 @@ def radiological_view(
     letters = tuple(side_letters(v) for v in (-right, right, -down, down))
     return Plane(title, image, pixel_mm, letters)  # type: ignore[arg-type]
 
-# %% ../../nbs/5_scans/13_scan_summary.ipynb #97f0ed84
+# %% ../../nbs/5_scans/13_scan_summary.ipynb #e5ccd513
 class ScanInfo(NamedTuple):
     """What a scan is, where it lies, and what reading it would say."""
 
@@ -102,7 +102,7 @@ def _format(found: Found) -> str:
 
 def _dicom_lines(facts: DicomFacts) -> tuple[tuple[str, str], ...]:
     """Put what the headers of a series say into lines."""
-    tags, fit, gaps = facts.series.tags, facts.fit, facts.gaps
+    tags, fit, gaps = facts.series.heads[0].tags, facts.fit, facts.gaps
     number, thick = tags["SeriesNumber"], tags["SliceThickness"]
     shown = tags["PhotometricInterpretation"]
     places = ", ".join(f"{n} at {mm:.4g} mm" for mm, n in gaps[:6])

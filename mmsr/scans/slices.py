@@ -250,7 +250,7 @@ class SharedFile:
             self.file.seek(start)
             return self.file.read(count)
 
-# %% ../../nbs/5_scans/01_slices.ipynb #ede74e39
+# %% ../../nbs/5_scans/01_slices.ipynb #78b8dfcd
 def volume_of(options: ReadOptions, stack: SliceSource, *, lazy: bool = False) -> Volume:
     """Make a volume from an opened scan."""
     first, last = slice_range(options.slices, stack.shape[0], options.name)
@@ -288,9 +288,7 @@ def volume_of(options: ReadOptions, stack: SliceSource, *, lazy: bool = False) -
     later = SliceReader(shape, dtype, read, f"{total:08x}" if clinical else "")
     array = later if lazy else whole if clinical else later[:]
     left, back, high = map(float, stack.grid.world_mm((first, 0, 0)))
-    source = stack.source
-    if source is not None:
-        source = source._replace(instances=source.instances[first:last])
+    source = stack.source and stack.source._replace(instances=stack.source.instances[first:last])
     placed = stack.grid._replace(origin_mm=(left, back, high))
     unit, notes = "HU" if clinical else "grey", tuple(dict.fromkeys(options.notes))
     return Volume(array, *placed, options.modality, unit, notes, source)

@@ -704,8 +704,8 @@ def test_facts_of_a_tilted_stack_with_a_gap(tmp_path):
     assert facts.fit.sideways == pytest.approx(8)
     assert facts.fit.usual == 2.5
     assert facts.gaps == [(pytest.approx(7.5), 1)]
-    assert facts.series.tags["ConvolutionKernel"] == "FC51"
-    assert facts.series.tags["PixelPaddingValue"] == 5
+    assert facts.series.heads[0].tags["ConvolutionKernel"] == "FC51"
+    assert facts.series.heads[0].tags["PixelPaddingValue"] == 5
     assert facts.copies == []
 
 
@@ -713,7 +713,7 @@ def test_facts_of_a_tilted_stack_with_a_gap(tmp_path):
 def test_facts_of_the_chest():
     facts = dicom_facts(ReadOptions("chest", []), heads_of(REAL / "nlst_chest_dicom"))
     assert len(facts.series.heads) == 143
-    assert facts.series.tags["ConvolutionKernel"] == "FC51"
+    assert facts.series.heads[0].tags["ConvolutionKernel"] == "FC51"
     assert facts.fit.usual == pytest.approx(2.0)
     assert "JPEG-LS" in facts.packing
     assert (facts.tilt_degrees, facts.gaps, facts.copies) == (0.0, [], [])
