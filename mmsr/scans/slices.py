@@ -46,7 +46,7 @@ def doubt(options: ReadOptions, kind: type[MMSRError], text: str) -> None:
         raise kind(f"{options.name}: {text}{OVERRULE}")
     options.notes.append(f"{TRUST}{options.name}: {text}")
 
-# %% ../../nbs/5_scans/01_slices.ipynb #831e022b
+# %% ../../nbs/5_scans/01_slices.ipynb #1191b1ca
 IN_PLANE_MM = {"clinical": (0.02, 5.0), "micro": (0.001, 0.5)}
 MODALITIES = {"clinical": ("CT",), "micro": ("CT", "OT")}
 
@@ -61,7 +61,7 @@ def check_spacing(options: ReadOptions, spacing_mm: Sequence[float]) -> None:
     if min(spacing_mm) < low or max(spacing_mm[1:]) > high or spacing_mm[0] > 20:
         slip = "mm taken for µm" if min(spacing_mm) < low else "µm taken for mm"
         wanted = f"{options.modality} voxels of {low:g} to {high:g} mm, slices up to 20 mm apart"
-        doubt(options, GeometryError, f"expected {wanted}, got {shown}, {slip}; check the unit")
+        doubt(options, GeometryError, f"expected {wanted}, got {shown}: {slip}? check the unit")
 
 
 def voxel_size(
