@@ -213,7 +213,7 @@ def read_slices(path: Path) -> list[DicomSlice]:
         for one in zip(numbers, frames, [syntax] * count, pixels or [()] * count, strict=True)
     ]
 
-# %% ../../nbs/5_scans/02_dicom_file.ipynb #9b223b18
+# %% ../../nbs/5_scans/02_dicom_file.ipynb #9946d4c8
 _SIDE_MAX = 16384
 _GREY = ("MONOCHROME1", "MONOCHROME2")
 _ENHANCED = "1.2.840.10008.5.1.4.1.1.2.1"
@@ -231,7 +231,7 @@ def _faults(head: DicomSlice, kinds: tuple[str, ...]) -> Iterator[str]:
         got = tags["Modality"] or "none"
         yield f"expected modality {' or '.join(kinds)}, got {got}; give CT, or take it out"
     if (tags["NumberOfFrames"] or 1) > 1 and not head.frame:
-        yield "got a multi-frame object that does not say where frames lie; export single slices"
+        yield "expected one slice, got multi-frame without places of frames; export single slices"
     kind = tags["PhotometricInterpretation"] or "none"
     if (shown := tags["PixelPresentation"]) in ("COLOR", "MIXED"):
         kind = f"{shown} of a multi-frame object"
@@ -281,11 +281,11 @@ def check_images(heads: Sequence[DicomSlice], modality: str) -> None:
             text = f"expected the FrameOfReferenceUID of {first.name}, got another"
             raise GeometryError(f"{head.name}: {text}; keep slices of one kind")
 
-# %% ../../nbs/5_scans/02_dicom_file.ipynb #b6c32ea9
+# %% ../../nbs/5_scans/02_dicom_file.ipynb #7c704be3
 def check_values(options: ReadOptions, heads: list[DicomSlice]) -> None:
     """Doubt numbers that are not said to be HU, or have been changed by packing."""
     clinical = options.modality == "clinical"
-    doubts: dict[str, tuple[str, str]] = {}  # the first slice of each kind speaks for all
+    doubts: dict[int, tuple[str, str]] = {}  # the first slice of each kind speaks for all
     for head in heads:
         tags, lossy = head.tags, head.tags["LossyImageCompression"]
         kind, bits = tags["RescaleType"] or "HU", tags["BitsStored"]
@@ -294,16 +294,15 @@ def check_values(options: ReadOptions, heads: list[DicomSlice]) -> None:
         known = ("HU",) if tags["SOPClassUID"] == _ENHANCED else ("HU", "US")
         got = f"RescaleType {kind}" if both else "no RescaleSlope and RescaleIntercept"
         packing = "lossy compression" if lossy == "01" else head.syntax.name
-        for doubted, text in (
+        lost = lossy == "01" or (lossy != "00" and head.syntax in _MAYBE_LOSSY)
+        checks = (
             (clinical and (not both or kind not in known), f"numbers rescaled to HU, got {got}"),
             (clinical and bits <= 8, f"HU, got {bits:g}-bit grey, which cannot hold them"),
-            (
-                lossy == "01" or (lossy != "00" and head.syntax in _MAYBE_LOSSY),
-                f"pixels packed without loss, got {packing}",
-            ),
-        ):
+            (lost, f"pixels packed without loss, got {packing}"),
+        )
+        for which, (doubted, text) in enumerate(checks):
             if doubted:
-                doubts.setdefault(text.split()[0], (head.name, text))
+                doubts.setdefault(which, (head.name, text))
         if tags["RescaleSlope"] == 0:
             raise RangeError(f"{head.name}: RescaleSlope is 0, values are lost; export it again")
     for name, text in doubts.values():
