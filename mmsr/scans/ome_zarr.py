@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OME_ZARR', 'is_zarr', 'read_zarr', 'open_zarr']
 
-# %% ../../nbs/5_scans/08_ome_zarr.ipynb #3550c8a2
+# %% ../../nbs/5_scans/08_ome_zarr.ipynb #98cd92b1
 import json
 import math
 from collections.abc import Callable
@@ -15,10 +15,8 @@ from typing import Any
 import numpy as np
 
 from mmsr.core import (
-    RESEARCH_ONLY,
     FileError,
     GeometryError,
-    MMSRError,
     ResourceError,
     ShapeError,
     available_memory,
@@ -28,7 +26,7 @@ from .tiff_stack import LENGTHS_MM
 from .volume_files import stack_of
 from .volume_headers import Header, notice_in
 
-# %% ../../nbs/5_scans/08_ome_zarr.ipynb #6b93c5ce
+# %% ../../nbs/5_scans/08_ome_zarr.ipynb #3326a81d
 _MARKS = ("zarr.json", ".zattrs", ".zgroup", ".zarray")
 _PAGE_MAX = 1 << 22  # bytes of metadata
 _OTHERS = {
@@ -50,13 +48,9 @@ def _page(path: Path) -> dict[str, Any]:
     file = path / "zarr.json"
     if not file.is_file():
         file = path / ".zattrs"
-    if not file.is_file():  # nor a pipe, which would wait for ever
-        raise ValueError("no page")
-    with file.open("rb") as f:
-        raw = f.read(_PAGE_MAX + 1)
-    if len(raw) > _PAGE_MAX:
-        raise ValueError("too long")
-    page = json.loads(raw)
+    if not file.is_file() or file.stat().st_size > _PAGE_MAX:  # a pipe would wait for ever
+        raise ValueError("no page, or too long")
+    page = json.loads(file.read_bytes())
     return page.get("attributes", {}) if file.name == "zarr.json" else page
 
 
@@ -64,15 +58,14 @@ def _one_image(page: dict[str, Any]) -> dict[str, Any]:
     """Return the one image of a page, or say what else it is."""
     ome = page.get("ome", page)
     if "multiscales" not in ome:
-        found = next((what for key, what in _OTHERS.items() if key in ome), None)
-        if found is None:
-            raise ValueError("multiscales")
-        raise FileError(f"expected an OME-Zarr of one image, got {found}")
+        if found := [what for key, what in _OTHERS.items() if key in ome]:
+            raise FileError(f"expected an OME-Zarr of one image, got {found[0]}")
+        raise ValueError("multiscales")
     if (count := len(ome["multiscales"])) != 1:
         raise FileError(f"expected one image, got {count}; save one of them")
     return ome["multiscales"][0]
 
-# %% ../../nbs/5_scans/08_ome_zarr.ipynb #67a28f7b
+# %% ../../nbs/5_scans/08_ome_zarr.ipynb #4dfe8d79
 _UNITS_MM = {**LENGTHS_MM, "nanometer": 1e-6, "centimeter": 10.0, "meter": 1000.0}
 
 
@@ -87,10 +80,8 @@ def _numbers(values: Any, count: int) -> np.ndarray:
 def _placed(header: Header, image: dict[str, Any], units: list[float | None]) -> Header:
     """Add voxel size and place, in mm, from the transformations of level 0 and of all levels."""
     rank = len(image["axes"])
-    steps = [
-        *image["datasets"][0].get("coordinateTransformations", []),
-        *image.get("coordinateTransformations", []),
-    ]
+    holders = (image["datasets"][0], image)
+    steps = [s for holder in holders for s in holder.get("coordinateTransformations", [])]
     scale, shift = np.ones(rank), np.zeros(rank)
     for step in steps:
         kind = step["type"]
@@ -107,7 +98,7 @@ def _placed(header: Header, image: dict[str, Any], units: list[float | None]) ->
     x, y, z = (shift[:-4:-1] * in_mm).tolist()
     return header._replace(spacing=(sx, sy, sz), origin=(x, y, z))
 
-# %% ../../nbs/5_scans/08_ome_zarr.ipynb #04054c62
+# %% ../../nbs/5_scans/08_ome_zarr.ipynb #dd317c30
 _TOWARDS = {  # RFC 4; other words, such as base-to-apex, are none of the patient's axes
     "right-to-left": (1, 0, 0),
     "left-to-right": (-1, 0, 0),
@@ -122,11 +113,9 @@ def _oriented(header: Header, axes: list[dict[str, Any]]) -> Header:
     """Add the directions of the axes z, y, x if all three name a side of the body."""
     said = [o for axis in reversed(axes) if isinstance(o := axis.get("orientation"), dict)]
     columns = [_TOWARDS.get(str(o.get("value"))) for o in said if o.get("type") == "anatomical"]
-    if (
-        len(columns) != 3
-        or None in columns
-        or not np.linalg.det(turn := np.array(columns, float).T)
-    ):
+    if len(columns) != 3 or None in columns:
+        return header
+    if not np.linalg.det(turn := np.array(columns, float).T):
         return header
     header = header._replace(axes=turn)
     if header.origin is None or np.allclose(turn @ header.origin, header.origin):
@@ -140,20 +129,16 @@ def _own(header: Header, own: dict[str, Any]) -> Header:
     spacing, origin = _numbers(own["spacing_mm"], 3)[::-1], _numbers(own["origin_mm"], 3)
     axes = _numbers(own["direction"], 9).reshape(3, 3)
     said = np.array([header.spacing, header.origin], float)  # NaN where it does not say
-    if not (
-        np.allclose(said[0], spacing, rtol=1e-5, atol=0)
-        and np.allclose(said[1], origin @ axes, rtol=0, atol=1e-4)
-    ):
-        raise GeometryError(
-            "contradicts itself: its multiscales and its attribute mmsr give other voxels; "
-            "give a copy that was not edited"
-        )
+    same = np.allclose(said[0], spacing, rtol=1e-5, atol=0)
+    if not same or not np.allclose(said[1], origin @ axes, rtol=0, atol=1e-4):
+        text = "contradicts itself: its multiscales and its attribute mmsr give other voxels"
+        raise GeometryError(f"{text}; give a copy that was not edited")
     x, y, z = origin.tolist()
     notes = notice_in(str(own["notice"]))
     modality = "micro" if own["modality"] == "micro" else "clinical"
     return header._replace(axes=axes, origin=(x, y, z), notes=notes, modality=modality)
 
-# %% ../../nbs/5_scans/08_ome_zarr.ipynb #16cfacc3
+# %% ../../nbs/5_scans/08_ome_zarr.ipynb #676a2213
 _PIECES_MAX = 4_000_000
 
 
@@ -180,9 +165,8 @@ def _header(path: Path) -> tuple[Header, Any]:
     level = _level(data)
     shown = ", ".join(f"{n[:9]!r} {k}" for n, k in zip(names, level.shape, strict=True))
     if names[-3:] != ["z", "y", "x"] or math.prod(level.shape[:-3]) != 1 or not all(level.shape):
-        raise ShapeError(
-            f"expected axes z, y, x and one channel and time, got {shown}; save one volume of it"
-        )
+        text = f"expected axes z, y, x and one channel and time, got {shown}"
+        raise ShapeError(f"{text}; save one volume of it")
     dtype = np.dtype(level.dtype.numpy_dtype)
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
         raise FileError("expected one grey number per voxel, got another kind")
@@ -198,46 +182,38 @@ def _header(path: Path) -> tuple[Header, Any]:
         return _own(header, page["mmsr"]), level
     return _oriented(header._replace(unit=strange), axes), level
 
-# %% ../../nbs/5_scans/08_ome_zarr.ipynb #7714dc48
+# %% ../../nbs/5_scans/08_ome_zarr.ipynb #9b4f4f2a
 def read_zarr(path: Path) -> list[Header]:
     """Read what an OME-Zarr says of level 0, and see whether its pieces are there."""
     try:
         header, level = _header(path)
-        total = math.prod(
-            -(-n // c)
-            for n, c in zip(level.shape, level.chunk_layout.write_chunk.shape, strict=True)
-        )
+        pieces = -(-np.array(level.shape) // level.chunk_layout.write_chunk.shape)
+        total = math.prod(pieces.tolist())
         row = max(math.prod(level.chunk_layout.read_chunk.shape), math.prod(level.shape[-2:]))
         if (need := row * header.dtype.itemsize) > (free := available_memory()):
-            raise ResourceError(
-                f"one slice takes {need / 1e9:.3g} GB of memory, got {free / 1e9:.3g} GB"
-            )
+            text = f"one slice takes {need / 1e9:.3g} GB of memory, got {free / 1e9:.3g} GB"
+            raise ResourceError(text)
         if total > _PIECES_MAX:
             raise FileError(f"expected up to {_PIECES_MAX} pieces, got {total}")
         stored = level.storage_statistics(query_not_stored=True, query_fully_stored=True).result()
-    except MMSRError:
+    except (FileError, GeometryError, ResourceError, ShapeError):
         raise
     except Exception as e:  # json and tensorstore fail in many ways; their texts name folders
-        raise FileError(
-            "expected an OME-Zarr 0.4 or 0.5, got a damaged one, another kind of "
-            "Zarr, or one packed in a way not known here; copy it again, or give the folder that "
-            "holds its multiscales"
-        ) from e
+        text = "expected an OME-Zarr 0.4 or 0.5, got a damaged, otherwise packed or another Zarr"
+        raise FileError(f"{text}; copy it again, or give the folder of its multiscales") from e
     if stored.not_stored or (header.modality and not stored.fully_stored):
         raise FileError("cut short, voxels are missing; copy it again")
     pieces = (header.data / "c").glob("*") if header.modality else ()
     count = sum(piece.name.isdigit() for piece in pieces)
     if count > header.size[2]:
-        raise FileError(
-            f"longer than its header says, expected {header.size[2]} slices, got {count}; "
-            "copy it again"
-        )
+        text = f"longer than its header says, expected {header.size[2]} slices, got {count}"
+        raise FileError(f"{text}; copy it again")
     if not stored.fully_stored:  # as is usual where there is nothing to see
         text = "some of its pieces are not there: taken for its fill value, as the format wants it"
         header = header._replace(notes=(*header.notes, text))
     return [header]
 
-# %% ../../nbs/5_scans/08_ome_zarr.ipynb #5ee01cd8
+# %% ../../nbs/5_scans/08_ome_zarr.ipynb #293d11d4
 def open_zarr(options: ReadOptions, headers: list[Header]) -> SliceSource:
     """Open level 0 of an OME-Zarr; its slices are read when asked for."""
     (header,) = headers
@@ -245,17 +221,13 @@ def open_zarr(options: ReadOptions, headers: list[Header]) -> SliceSource:
     def opened() -> Callable[[int], np.ndarray]:
         level = _level(header.data)
         piece = level.chunk_layout.read_chunk.shape[-3:]
-        layer = [
-            piece[0],
-            *(-(-n // p) * p for n, p in zip(level.shape[-2:], piece[1:], strict=True)),
-        ]
-        size, most = math.prod(layer) * header.dtype.itemsize, available_memory() // 4
+        layer = -(-np.array([1, *level.shape[-2:]]) // piece) * piece  # whole pieces
+        size, most = math.prod(layer.tolist()) * header.dtype.itemsize, available_memory() // 4
         if piece[0] > 1:  # its slices are unpacked together: keep them, and no others
             level = _level(header.data, min(size + size // 64, most))
             if size > most:
-                options.notes.append(
-                    f"its pieces are {piece[0]} slices deep, more than the memory holds: reading is slow"
-                )
+                deep = f"its pieces are {piece[0]} slices deep"
+                options.notes.append(f"{deep}, more than the memory holds: reading is slow")
         level = level[(0,) * (level.rank - 3)]
 
         def read(z: int) -> np.ndarray:
@@ -264,9 +236,8 @@ def open_zarr(options: ReadOptions, headers: list[Header]) -> SliceSource:
             except MemoryError:
                 raise
             except Exception as e:  # see read_zarr
-                raise FileError(
-                    f"{options.name}: slice {z} cannot be unpacked; damaged or cut short, copy it again"
-                ) from e
+                text = f"slice {z} cannot be unpacked; damaged or cut short, copy it again"
+                raise FileError(f"{options.name}: {text}") from e
 
         return read
 

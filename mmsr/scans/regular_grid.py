@@ -16,7 +16,7 @@ from ..core import GeometryError
 from ..data.volume import AIR_HU, Grid
 from .slices import Block, HuHistogram, ReadOptions, SliceSource, check_spacing
 
-# %% ../../nbs/5_scans/03_regular_grid.ipynb #9aac994f
+# %% ../../nbs/5_scans/03_regular_grid.ipynb #95cc07cc
 SAME_MM = 1e-3  # slices nearer than this lie at one place
 ROUNDED_MM = 0.06  # some writers round positions to 0.1 mm
 _BRIDGE_MM = 10.0  # widest gap to interpolate across, or one missing slice
@@ -32,6 +32,11 @@ class SliceSpacing(NamedTuple):
     sideways: float  # farthest that a slice lies off the normal through the first
     tilt: float  # degrees between the normal and the way from slice to slice
     uneven: float  # farthest that a slice lies off an even grid
+
+    @property
+    def even(self) -> bool:
+        """Whether its slices lie on an even grid, as far as positions are rounded."""
+        return self.uneven <= max(0.05 * self.usual, ROUNDED_MM)
 
     @property
     def holes(self) -> np.ndarray:
@@ -69,37 +74,28 @@ def _moved(plane: np.ndarray, shift: np.ndarray, sides: tuple[int, int]) -> np.n
             field = (1 - part) * field + part * np.roll(field, 1, axis)
     return field
 
-# %% ../../nbs/5_scans/03_regular_grid.ipynb #6898c4ce
-class _Mix(NamedTuple):
-    """Which slices make each slice of an even stack: (1 − share)·below + share·after."""
+# %% ../../nbs/5_scans/03_regular_grid.ipynb #6a5de2b9
+def _even_steps(name: str, fit: SliceSpacing) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """Put even steps through a stack, or refuse gaps and tilts that no scanner makes.
 
-    below: np.ndarray
-    after: np.ndarray
-    share: np.ndarray
-    step: float  # mm
-
-
-def _even_steps(name: str, fit: SliceSpacing) -> _Mix:
-    """Put even steps through a stack, or refuse gaps and tilts that no scanner makes."""
+    Slice k of the even stack is (1 − share[k])·below[k] + share[k]·after[k]; the last is the step, mm.
+    """
     count = int(fit.gaps.clip(1).sum()) + 1
     if fit.steps.max() > max(_BRIDGE_MM, 2 * fit.usual) + ROUNDED_MM or count > 4 * len(fit.along):
-        raise GeometryError(
-            f"{name}: a gap of {fit.steps.max():.4g} mm is too wide to be bridged between slices "
-            f"{fit.usual:.4g} mm apart; add the missing slices"
-        )
+        text = f"a gap of {fit.steps.max():.4g} mm between slices {fit.usual:.4g} mm apart"
+        raise GeometryError(f"{name}: {text} is too wide to be bridged; add the missing slices")
     if fit.tilt > 45:
-        raise GeometryError(
-            f"{name}: sheared by {fit.tilt:.1f}°, which no gantry is; repair its positions"
-        )
+        text = f"sheared by {fit.tilt:.1f}°, which no gantry is"
+        raise GeometryError(f"{name}: {text}; repair its positions")
     step = float(fit.along[-1] - fit.along[0]) / (count - 1)
     target = fit.along[0] + step * np.arange(count)
     below = np.searchsorted(fit.along, target + ROUNDED_MM, side="right") - 1
     after = np.minimum(below + 1, len(fit.along) - 1)
     above = (target - fit.along[below]).clip(0)
     gap = (fit.along[after] - fit.along[below]).clip(1e-9)
-    return _Mix(below, after, np.where(above > ROUNDED_MM, above / gap, 0), step)  # near: as it is
+    return below, after, np.where(above > ROUNDED_MM, above / gap, 0), step  # near: as it is
 
-# %% ../../nbs/5_scans/03_regular_grid.ipynb #cf8e7636
+# %% ../../nbs/5_scans/03_regular_grid.ipynb #e9cccfaa
 def resample_to_regular_grid(
     options: ReadOptions, stack: SliceSource, places_mm: np.ndarray
 ) -> SliceSource:
@@ -108,16 +104,14 @@ def resample_to_regular_grid(
     The grid of `stack` gives pixel size and direction (row, column, normal).
     """
     if options.modality != "clinical":
-        raise GeometryError(
-            f"{options.name}: expected a clinical scan to resample, got {options.modality}: what lies "
-            "outside its field is not known; resample it with its own tools"
-        )
+        text = f"expected a clinical scan to resample, got {options.modality}"
+        raise GeometryError(f"{options.name}: {text}; resample it with its own tools")
     check_spacing(options, stack.grid.spacing_mm)
     sides, source = stack.shape[1:], stack.source
     pixel, axes = np.array(stack.grid.spacing_mm[1:]), np.reshape(stack.grid.direction, (3, 3))
     fit = measure_steps(places_mm, axes[:, 2])
-    mix = _even_steps(options.name, fit)
-    count = len(mix.share)
+    below, after, share, step = _even_steps(options.name, fit)
+    count = len(share)
     sheared = fit.sideways > pixel.min() / 4
     way = ((places_mm - places_mm[0]) @ axes)[:, 1::-1] * sheared  # y, x of the first pixels
     shift = ((way - way.min(0)) / pixel).round(2)
@@ -127,15 +121,13 @@ def resample_to_regular_grid(
         histogram.hu_slice(block, padding)
     table, quiet = histogram.air_table(), options._replace(notes=[], force=True)
     if sheared:
-        options.notes.append(
-            f"sheared by {fit.tilt:.1f}° ({fit.sideways:.3g} mm over the stack): slices moved in their "
-            f"plane, the field of {sides[1]} x {sides[0]} pixels became {field[1]} x {field[0]}"
-        )
-    if between := [str(k) for k in np.flatnonzero(mix.share)]:
-        listed = ", ".join(between[:12]) + (", …" if len(between) > 12 else "")
-        options.notes.append(
-            f"{len(between)} of {count} slices interpolated between their neighbours ({listed})"
-        )
+        moved = f"sheared by {fit.tilt:.1f}° ({fit.sideways:.3g} mm over the stack): slices moved in their"
+        grown = f"the field of {sides[1]} x {sides[0]} pixels became {field[1]} x {field[0]}"
+        options.notes.append(f"{moved} plane, {grown}")
+    if between := [str(k) for k in np.flatnonzero(share)]:
+        listed = ", ".join(between[:12] + ["…"] * (len(between) > 12))
+        text = f"{len(between)} of {count} slices interpolated between their neighbours ({listed})"
+        options.notes.append(text)
 
     def placed(k: int) -> np.ndarray:
         block, padding = next(stack.blocks(k, k + 1))
@@ -145,15 +137,15 @@ def resample_to_regular_grid(
 
     def blocks(first: int, last: int) -> Iterator[Block]:
         kept: dict[int, np.ndarray] = {}
-        for low, high, part in zip(*(a[first:last].tolist() for a in mix[:3]), strict=True):
+        mix = (a[first:last].tolist() for a in (below, after, share))
+        for low, high, part in zip(*mix, strict=True):
             needed = (low, high) if part else (low,)
             kept = {k: kept[k] if k in kept else placed(k) for k in needed}
             plane = (1 - part) * kept[low] + part * kept[high] if part else kept[low]
             yield np.where(np.isnan(plane), AIR_HU, np.rint(plane)).astype(np.int16), None
 
     x, y, z = map(float, places_mm[0] + axes[:, 1::-1] @ way.min(0))
-    if source is not None:
-        nearest = np.where(mix.share > 0.5, mix.after, mix.below).tolist()
-        source = source._replace(instances=tuple(source.instances[k] for k in nearest))
-    grid = Grid((mix.step, *stack.grid.spacing_mm[1:]), (x, y, z), stack.grid.direction)
+    nearest = np.where(share > 0.5, after, below).tolist()
+    source = source and source._replace(instances=tuple(source.instances[k] for k in nearest))
+    grid = Grid((step, *stack.grid.spacing_mm[1:]), (x, y, z), stack.grid.direction)
     return SliceSource((count, *field), np.dtype(np.int16), grid, blocks, source)

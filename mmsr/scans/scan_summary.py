@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['side_letters', 'axes_words', 'Plane', 'radiological_view', 'ScanInfo', 'scan_info', 'info_text', 'info_picture']
 
-# %% ../../nbs/5_scans/16_scan_summary.ipynb #1916f263
+# %% ../../nbs/5_scans/16_scan_summary.ipynb #cb2b9d7a
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,30 +17,27 @@ from ..core import FileError, MMSRError
 from ..data.volume import LUNG_WINDOW_HU, Grid
 from .dicom_file import DicomSlice
 from .dicom_series import DICOM, DicomFacts, dicom_facts, scan_series
-from .read import Found, find_scan, inspect_file, open_stack, read_options
-from .slices import HuHistogram, ReadOptions, SliceSource
+from .read import Found, find_scan, inspect_file, open_stack
+from .slices import OVERRULE, TRUST, HuHistogram, ReadOptions, SliceSource, read_options
 from .volume_headers import Header
 
-# %% ../../nbs/5_scans/16_scan_summary.ipynb #f65a0575
+# %% ../../nbs/5_scans/16_scan_summary.ipynb #51d93fce
 _SIDES = (("L", "R"), ("P", "A"), ("H", "F"))  # for + and − along x, y, z
 _WORDS = {"L": "left", "R": "right", "P": "back", "A": "front", "H": "head", "F": "feet"}
 
 
 def side_letters(vector: Sequence[float] | np.ndarray) -> str:
     """Name where a vector (x, y, z, LPS) points to: L, R, A, P, H or F, the main side first."""
-    parts = np.argsort(-np.abs(vector), kind="stable").tolist()
-    main = parts[0]
-    return "".join(
-        _SIDES[i][int(vector[i] < 0)] for i in parts if i == main or abs(vector[i]) > 0.3
-    )
+    main, *rest = np.argsort(-np.abs(vector), kind="stable").tolist()
+    parts = [main, *(i for i in rest if abs(vector[i]) > 0.3)]
+    return "".join(_SIDES[i][int(vector[i] < 0)] for i in parts)
 
 
 def axes_words(direction: Sequence[float]) -> str:
     """Say in words which way the axes of an array run, by the nine numbers of its direction."""
     axes = np.reshape(direction, (3, 3)).T
-    words = ", ".join(
-        f"{name} to the {_WORDS[side_letters(a)[0]]}" for name, a in zip("xyz", axes, strict=True)
-    )
+    sides = [_WORDS[side_letters(a)[0]] for a in axes]
+    words = f"x to the {sides[0]}, y to the {sides[1]}, z to the {sides[2]}"
     turned = np.degrees(np.arccos(np.abs(axes).max(1).clip(0, 1))).max()
     return words + (f"; oblique by {turned:.1f}°" if turned > 0.05 else "")
 
@@ -75,7 +72,7 @@ def radiological_view(
     letters = tuple(side_letters(v) for v in (-right, right, -down, down))
     return Plane(title, image, pixel_mm, letters)  # type: ignore[arg-type]
 
-# %% ../../nbs/5_scans/16_scan_summary.ipynb #db2701a7
+# %% ../../nbs/5_scans/16_scan_summary.ipynb #e5ccd513
 class ScanInfo(NamedTuple):
     """What a scan is, where it lies, and what reading it would say."""
 
@@ -89,7 +86,7 @@ class ScanInfo(NamedTuple):
     values: tuple[float, float] | None = None  # least and greatest, HU or grey, without padding
     padding: tuple[float, str] | None = None  # its share of the voxels, and its values
     seen: int = 1  # every how many slices were looked at
-    dicom: DicomFacts | None = None  # what the headers of a DICOM series say
+    headers: tuple[tuple[str, str], ...] = ()  # what those of a DICOM series say, by label
     series: tuple[str, ...] = ()  # one line for each DICOM series, if there are several
     notes: tuple[str, ...] = ()  # what reading would note
     refusals: tuple[str, ...] = ()  # what reading would refuse it for, with the way out
@@ -103,6 +100,29 @@ def _format(found: Found) -> str:
     return found.format.name + f", {n} file{'s'[: n > 1]}" * found.format.many + ", packed" * packed
 
 
+def _dicom_lines(facts: DicomFacts) -> tuple[tuple[str, str], ...]:
+    """Put what the headers of a series say into lines."""
+    tags, fit, gaps = facts.series.heads[0].tags, facts.fit, facts.gaps
+    number, thick = tags["SeriesNumber"], tags["SliceThickness"]
+    shown = tags["PhotometricInterpretation"]
+    places = ", ".join(f"{n} at {mm:.4g} mm" for mm, n in gaps[:6])
+    missing, same, double = sum(n for _, n in gaps), sum(facts.copies), len(facts.copies)
+    low, high, tilt = fit.steps.min(), fit.steps.max(), facts.tilt_degrees
+    uneven = not gaps and high - low > 0.1 * fit.usual
+    lines = (
+        ("packing", facts.packing),
+        ("number", number.isdigit() and f"series {int(number)}"),
+        ("kernel", tags["ConvolutionKernel"]),
+        ("thickness", thick and f"{thick:g} mm, slices {fit.usual:.4g} mm apart"),
+        ("tilt", tilt and f"{tilt:.1f}°, {fit.sideways:.1f} mm sideways over the stack"),
+        ("gaps", gaps and f"missing slices: {missing} ({places} from the first slice)"),
+        ("steps", uneven and f"{low:.4g} to {high:.4g} mm apart"),
+        ("doubles", double and f"{same} places with copies, {double - same} with different slices"),
+        ("photometric", shown != "MONOCHROME2" and shown),
+    )
+    return tuple((label, text) for label, text in lines if text)
+
+
 def _dicom_part(
     info: ScanInfo, options: ReadOptions, heads: list[DicomSlice]
 ) -> tuple[ScanInfo, ReadOptions]:
@@ -111,10 +131,10 @@ def _dicom_part(
     if len(found) > 1:
         info = info._replace(series=tuple(s.line() for s in found))
         if options.series is None:
-            most = max(found, key=lambda s: s.shape[0])
+            most = max(found, key=lambda s: len(s.heads))
             options = options._replace(series=str(most.number))
     try:
-        return info._replace(dicom=dicom_facts(options, heads)), options
+        return info._replace(headers=_dicom_lines(dicom_facts(options, heads))), options
     except MMSRError:  # the refusal says why
         return info, options
 
@@ -149,18 +169,18 @@ def _open_somehow(
                 break
     return None, options
 
-# %% ../../nbs/5_scans/16_scan_summary.ipynb #e32d48fa
+# %% ../../nbs/5_scans/16_scan_summary.ipynb #b022206b
 _MOST_SLICES = 600  # that are looked at
 _MOST_PIXELS = 1024  # of a side of a picture
 
 
 def _pass_over(
     options: ReadOptions, stack: SliceSource, every: int
-) -> tuple[HuHistogram, tuple[float, float], list[np.ndarray], str]:
+) -> tuple[HuHistogram, tuple[float, float], list[np.ndarray], list[str]]:
     """Return HU counts, the range of grey, three planes (fewer if it broke off), and the fault."""
     count, height, width = stack.shape
-    histogram, low, high, fault = HuHistogram(options), math.inf, -math.inf, ""
-    rows, columns, middle = [], [], None
+    histogram, low, high = HuHistogram(options), math.inf, -math.inf
+    middle, rows, columns, faults = np.empty(0), [], [], []
     try:
         for z in range(0, count, every):
             ((block, padding),) = stack.blocks(z, z + 1)
@@ -170,26 +190,14 @@ def _pass_over(
                 low, high = min(low, float(finite.min())), max(high, float(finite.max()))
             rows.append(plane[height // 2].copy())
             columns.append(plane[:, width // 2].copy())
-            if middle is None or z <= count // 2:
+            if z <= count // 2:
                 middle = plane.copy()
     except MMSRError as e:
-        fault = str(e)
+        faults.append(str(e))
     except OSError as e:
-        fault = f"{options.name}: cannot be read ({e.strerror})"
-    planes = [p for p in (middle, np.array(rows), np.array(columns)) if p is not None and p.size]
-    return histogram, (low, high), planes, fault
-
-
-def _judged(
-    histogram: HuHistogram, planes: list[np.ndarray]
-) -> tuple[list[np.ndarray], tuple[float, str] | None, tuple[float, float]]:
-    """Turn padding into air in planes; return them, its share and values, and the range of the rest."""
-    table, counts = histogram.air_table(), histogram.counts
-    values, count, words = histogram.padding()
-    kept = np.setdiff1d(np.flatnonzero(counts).astype(np.uint16).view(np.int16), values)
-    ends = (float(kept.min()), float(kept.max())) if kept.size else (math.nan, math.nan)
-    padding = (float(count / counts.sum()), words) if count else None
-    return [table[p.view(np.uint16)] for p in planes], padding, ends
+        faults.append(f"{options.name}: cannot be read ({e.strerror})")
+    planes = [p for p in map(np.array, (middle, rows, columns)) if p.size]
+    return histogram, (low, high), planes, faults
 
 
 def _views(info: ScanInfo, grid: Grid, planes: list[np.ndarray], every: int) -> tuple[Plane, ...]:
@@ -197,42 +205,41 @@ def _views(info: ScanInfo, grid: Grid, planes: list[np.ndarray], every: int) -> 
     if len(planes) < 3:
         return ()
     axes, (z, y, x) = np.reshape(grid.direction, (3, 3)), grid.spacing_mm
-    views: list[Plane] = []
-    for image, (a, b), (down, right) in zip(
-        planes, ((1, 0), (2, 0), (2, 1)), ((y, x), (z * every, x), (z * every, y)), strict=True
-    ):
-        ways = [math.ceil(side / _MOST_PIXELS) for side in image.shape]
-        image = image[:: ways[0], :: ways[1]]
-        pixel = None if info.grid is None else (down * ways[0], right * ways[1])
-        plane = radiological_view(image, axes[:, [a, b]], pixel, known=info.oriented)
-        names = ("slice", "side view, along y", "side view, along x")
-        views.append(plane if plane.title else plane._replace(title=names[len(views)]))
+    ways = (
+        ("slice", axes[:, [1, 0]], y, x),
+        ("side view, along y", axes[:, [2, 0]], z * every, x),
+        ("side view, along x", axes[:, [2, 1]], z * every, y),
+    )
+    views = []
+    for image, (name, turn, down, right) in zip(planes, ways, strict=True):
+        j, i = (math.ceil(side / _MOST_PIXELS) for side in image.shape)
+        pixel = None if info.grid is None else (down * j, right * i)
+        plane = radiological_view(image[::j, ::i], turn, pixel, known=info.oriented)
+        views.append(plane._replace(title=plane.title or name))
     return tuple(views)
 
-# %% ../../nbs/5_scans/16_scan_summary.ipynb #bf0aea17
-_TRUST = "taken on trust: "
-
-
+# %% ../../nbs/5_scans/16_scan_summary.ipynb #22dc3788
 def _survey(info: ScanInfo, options: ReadOptions, stack: SliceSource) -> ScanInfo:
     """Add what one pass over the slices shows: values, padding, planes, and what reading would say."""
     every = math.ceil(stack.shape[0] / _MOST_SLICES)
     options, clinical = options._replace(force=True), info.modality == "clinical"
-    histogram, values, planes, fault = _pass_over(options, stack, every)
-    refusals = [*info.refusals, *([fault] if fault else [])]
+    histogram, values, planes, faults = _pass_over(options, stack, every)
     window, padding = LUNG_WINDOW_HU, None
     if clinical and len(planes) == 3:
-        planes, padding, values = _judged(histogram, planes)
-    trusted = [n for n in options.notes if n.startswith(_TRUST)]
+        table, counts = histogram.air_table(), histogram.counts
+        marked, count, words = histogram.padding()
+        kept = np.setdiff1d(np.flatnonzero(counts).astype(np.uint16).view(np.int16), marked)
+        values = (float(kept.min()), float(kept.max())) if kept.size else (math.nan, math.nan)
+        padding = (float(count / counts.sum()), words) if count else None
+        planes = [table[plane.view(np.uint16)] for plane in planes]  # without padding
+    trusted = [n for n in options.notes if n.startswith(TRUST)]
     if len(planes) == 3 and (any("HU" in n for n in trusted) or not clinical):  # unknown grey
         finite = planes[0][np.isfinite(planes[0])]
         low, high = np.percentile(finite, (0.5, 99.5)).tolist() if finite.size else (0.0, 1.0)
         window = (low, high)
-    known = " ".join(refusals)
-    for doubted in (n.removeprefix(_TRUST) for n in trusted):
-        if doubted not in known:
-            refusals.append(
-                f"{doubted}, or overrule with --force (force=True in Python) if you are sure"
-            )
+    refusals = (*info.refusals, *faults)
+    doubts = [n.removeprefix(TRUST) for n in trusted]
+    refusals += tuple(d + OVERRULE for d in doubts if d not in " ".join(refusals))
     notes = [n for n in options.notes if n not in trusted and "padding voxels" not in n]
     return info._replace(
         dtype=info.dtype or stack.dtype.name,
@@ -240,7 +247,7 @@ def _survey(info: ScanInfo, options: ReadOptions, stack: SliceSource) -> ScanInf
         padding=padding,
         seen=every,
         notes=tuple(dict.fromkeys(notes)),
-        refusals=tuple(refusals),
+        refusals=refusals,
         planes=_views(info, stack.grid, planes, every)[: 3 if stack.shape[0] > 1 else 1],
         window=window,
     )
@@ -305,55 +312,31 @@ def scan_info(
     info = info._replace(shape=stack.shape, grid=grid)
     return _survey(info, used, stack)
 
-# %% ../../nbs/5_scans/16_scan_summary.ipynb #d939dd9f
-def _dicom_lines(facts: DicomFacts) -> list[tuple[str, str]]:
-    """Put what the headers of a series say into lines."""
-    series, (copies, different), (low, high) = facts.series, facts.doubles, facts.steps_mm
-    places = ", ".join(f"{n} at {mm:.4g} mm" for mm, n in facts.gaps[:6])
-    apart = f"slices {facts.spacing_mm[0]:.4g} mm apart"
-    uneven = not facts.missing and high - low > 0.1 * facts.spacing_mm[0]
-    way = f"{facts.sideways_mm:.1f} mm sideways over the stack"
-    lines = [
-        ("packing", facts.packing + ", with loss" * facts.lossy),
-        ("number", series.series_number is not None and f"series {series.series_number}"),
-        ("kernel", series.kernel),
-        ("thickness", series.thickness_mm and f"{series.thickness_mm:g} mm, {apart}"),
-        ("tilt", facts.tilt_degrees and f"{facts.tilt_degrees:.1f}°, {way}"),
-        ("gaps", places and f"missing slices: {facts.missing} ({places} from the first slice)"),
-        ("steps", uneven and f"{low:.4g} to {high:.4g} mm apart"),
-        (
-            "doubles",
-            any(facts.doubles)
-            and f"{copies} places with copies, {different} with different slices",
-        ),
-        ("photometric", facts.photometric != "MONOCHROME2" and facts.photometric),
-    ]
-    return [(label, text) for label, text in lines if text]
+# %% ../../nbs/5_scans/16_scan_summary.ipynb #34a8475b
+def _size_lines(info: ScanInfo) -> list[tuple[str, str]]:
+    """Put size and place into lines, as far as they are known."""
+    if not info.shape:
+        return []
+    z, y, x = info.shape
+    size = ("size", f"{x} × {y} × {z} voxels (x, y, z)" + f", {info.dtype}" * bool(info.dtype))
+    if not info.grid:
+        return [size, ("voxel", "not said")]
+    spacing, origin_mm, direction = info.grid
+    voxel = " × ".join(f"{s:.6g}" for s in spacing[::-1])
+    field = " × ".join(f"{f:.4g}" for f in np.multiply(info.shape, spacing)[::-1])
+    lines = [size, ("voxel", f"{voxel} mm"), ("field", f"{field} mm")]
+    if info.oriented:
+        origin = ", ".join(f"{o:.2f}" for o in origin_mm)
+        lines += [("origin", f"{origin} mm (LPS)"), ("axes", axes_words(direction))]
+    return lines
 
 
 def info_text(info: ScanInfo) -> str:
     """Put what was found into lines, one fact each; the last say whether the scan is read, or why not."""
-    lines: list[tuple[str, str]] = [("format", info.format)]
     unit = "HU" if info.modality == "clinical" else "grey"
-    lines.append(("looked at as", f"{info.modality} CT, {unit}"))
+    lines = [("format", info.format), ("looked at as", f"{info.modality} CT, {unit}")]
     lines += [("series" if n == 0 else "", line) for n, line in enumerate(info.series)]
-    lines += _dicom_lines(info.dicom) if info.dicom else []
-    if info.shape:
-        z, y, x = info.shape
-        kind = f", {info.dtype}" if info.dtype else ""
-        lines.append(("size", f"{x} × {y} × {z} voxels (x, y, z){kind}"))
-    if info.grid and info.shape:
-        sizes = info.grid.spacing_mm
-        field = [n * s for n, s in zip(info.shape, sizes, strict=True)]
-        lines.append(("voxel", " × ".join(f"{s:.6g}" for s in sizes[::-1]) + " mm"))
-        lines.append(("field", " × ".join(f"{f:.4g}" for f in field[::-1]) + " mm"))
-        if info.oriented:
-            lines.append(
-                ("origin", ", ".join(f"{o:.2f}" for o in info.grid.origin_mm) + " mm (LPS)")
-            )
-            lines.append(("axes", axes_words(info.grid.direction)))
-    elif info.shape:
-        lines.append(("voxel", "not said"))
+    lines += [*info.headers, *_size_lines(info)]
     if info.values:
         seen = f", in one of {info.seen} slices" if info.seen > 1 else ""
         lines.append(("values", f"{info.values[0]:.6g} to {info.values[1]:.6g} {unit}{seen}"))
@@ -364,7 +347,7 @@ def info_text(info: ScanInfo) -> str:
     lines += [("refused", line) for line in info.refusals] or [("reading", "is read as it is")]
     return "\n".join(f"{label:<13}{text}" for label, text in lines)
 
-# %% ../../nbs/5_scans/16_scan_summary.ipynb #4d5c3766
+# %% ../../nbs/5_scans/16_scan_summary.ipynb #a85e15fb
 _EDGES = (
     *((0.02, 0.5, "left", "center"), (0.98, 0.5, "right", "center")),
     *((0.5, 0.98, "center", "top"), (0.5, 0.02, "center", "bottom")),
@@ -385,9 +368,8 @@ def info_picture(info: ScanInfo) -> Any:
     low, high = info.window
     for ax, plane, (tall, wide) in zip(axes[0], info.planes, fields, strict=True):
         image = plane.image.astype(np.float32)
-        ax.imshow(
-            image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), extent=(0, wide, tall, 0)
-        )
+        greys = {"cmap": "gray", "vmin": low, "vmax": max(high, low + 1e-6)}
+        ax.imshow(image, extent=(0, wide, tall, 0), **greys)
         ax.set(title=plane.title, aspect="equal", xlabel="mm" if plane.pixel_mm else "pixels")
         ax.tick_params(labelsize=8)
         for text, (x, y, across, along) in zip(plane.letters, _EDGES, strict=True):

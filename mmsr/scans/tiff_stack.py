@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Said', 'LENGTHS_MM', 'TIFF', 'TiffFile', 'read_tiff', 'open_tiff']
 
-# %% ../../nbs/5_scans/07_tiff_stack.ipynb #40f1729a
+# %% ../../nbs/5_scans/07_tiff_stack.ipynb #81b7c112
 import logging
 import math
 import re
@@ -17,14 +17,7 @@ import numpy as np
 
 from ..core import FileError, GeometryError, ShapeError
 from ..data.volume import Grid
-from mmsr.scans.slices import (
-    Block,
-    Format,
-    ReadOptions,
-    SharedFile,
-    SliceSource,
-    refuse_unless_forced,
-)
+from .slices import Block, Format, ReadOptions, SharedFile, SliceSource, doubt
 
 # %% ../../nbs/5_scans/07_tiff_stack.ipynb #1861b07e
 Said = tuple[tuple[float, float, float], str]  # a voxel size in mm (z, y, x), and who says so
@@ -79,7 +72,7 @@ def _tiff_cut(tif: Any) -> bool:
             return True
     return False
 
-# %% ../../nbs/5_scans/07_tiff_stack.ipynb #62f4be62
+# %% ../../nbs/5_scans/07_tiff_stack.ipynb #c451b8a5
 LENGTHS_MM = {
     **dict.fromkeys(("µm", "μm", "um", "micron", "microns", "micrometer", "\\u00B5m"), 1e-3),
     **dict.fromkeys(("mm", "millimeter"), 1.0),
@@ -128,20 +121,16 @@ def read_tiff(path: Path) -> list[TiffFile]:
     if cut:
         raise FileError("cut short, pages or pixels are missing; copy the file again")
     if not grey or dtype.kind not in "iuf" or (photometric == 0 and dtype.kind != "u"):
-        raise FileError(
-            "expected one grey value per pixel (whole number or float), got colour or "
-            "another kind; convert it"
-        )
+        raise FileError("expected one grey number per pixel, got colour or others; convert it")
     if count > 1 or len(stacked) > 1 or not min(height, width, *stacked):
-        raise ShapeError(
-            f"expected one stack of slices, got {count} of {2 + len(stacked)}-D; save one"
-        )
+        got = f"{count} of {2 + len(stacked)}-D"
+        raise ShapeError(f"expected one stack of slices, got {got}; save one")
     lossy = packing in (6, 7, 33003, 33005, 34712, 50001, 50002)  # JPEG, JPEG 2000, WebP, JPEG XL
     named = {"C": "channels", "T": "times"}.get(axis if stacked[0] > 1 else "", "")
     size, white = (height, width), photometric == 0
     return [TiffFile(path, stacked[0], size, dtype, white, lossy, named, said)]
 
-# %% ../../nbs/5_scans/07_tiff_stack.ipynb #b7fbe1ba
+# %% ../../nbs/5_scans/07_tiff_stack.ipynb #c4ca72db
 def _side_file(path: Path) -> dict[str, str]:
     """Read the settings of a text file in sections; keys are ``section/name``, in small letters."""
     fields, section = {}, ""
@@ -180,14 +169,12 @@ def _said_beside(files: list[Path], size: tuple[int, int]) -> list[Said]:
         except ValueError:
             continue  # a log of something else
         if all(held) and held != [str(n) for n in size]:
-            raise GeometryError(
-                f"{path.name}: describes slices of {held[0]} × {held[1]} pixels, got {size[0]} × "
-                f"{size[1]} beside it; take it away and give voxel_mm=… or voxel_um=…"
-            )
+            text = f"expected slices of {held[0]} × {held[1]} pixels beside it, got {size[0]} × {size[1]}"
+            raise GeometryError(f"{path.name}: {text}; take it away and give voxel_mm=…")
         said.append(((z, y, x), f"{path.name}, [{section}] {word}"))
     return said
 
-# %% ../../nbs/5_scans/07_tiff_stack.ipynb #ebffb312
+# %% ../../nbs/5_scans/07_tiff_stack.ipynb #735c575a
 def _tiff_grid(options: ReadOptions, files: list[TiffFile]) -> Grid:
     """Find the voxel size of a stack: said by the files, beside them, or by the caller."""
     said = [files[0].said] if files[0].said else []
@@ -195,46 +182,43 @@ def _tiff_grid(options: ReadOptions, files: list[TiffFile]) -> Grid:
     options.notes.append("TIFF says nothing of place and orientation: origin 0, axes as stored")
     if not said:
         if options.voxel is None:
-            raise GeometryError(
-                f"{options.name}: TIFF does not say its voxel size; give voxel_mm=… or voxel_um=…"
-            )
+            text = "TIFF does not say its voxel size; give voxel_mm=… or voxel_um=…"
+            raise GeometryError(f"{options.name}: {text}")
         return Grid(options.voxel)
     shown = [f"{' × '.join(f'{v:.6g}' for v in size)} mm ({who})" for size, who in said]
     if not np.allclose([size for size, _ in said], said[0][0], rtol=1e-3, atol=0):
-        text = f"{options.name}: expected one voxel size (z, y, x), got {' and '.join(shown)}"
+        text = f"expected one voxel size (z, y, x), got {' and '.join(shown)}"
         if options.voxel is None:
-            raise GeometryError(f"{text}; give voxel_mm=… or voxel_um=… and --force (force=True)")
-        refuse_unless_forced(options, GeometryError, f"{text}; take away what is wrong")
+            way = "give voxel_mm=… or voxel_um=… and --force (force=True)"
+            raise GeometryError(f"{options.name}: {text}; {way}")
+        doubt(options, GeometryError, f"{text}; take away what is wrong")
     options.notes.append(f"voxel size (z, y, x) {shown[0]}")
     return Grid(said[0][0])
 
-# %% ../../nbs/5_scans/07_tiff_stack.ipynb #4968ccf0
+# %% ../../nbs/5_scans/07_tiff_stack.ipynb #480253f1
 def _check_stack(options: ReadOptions, files: list[TiffFile]) -> None:
     """Check the files of a stack against each other and against gaps in their numbering."""
     paths = [file.path for file in files]
     for file in files[1:]:
         if (file.pages, *file[2:5]) != (1, *files[0][2:5]) or files[0].pages > 1:
-            raise ShapeError(
-                f"{file.path.name}: expected one page of {files[0].size} {files[0].dtype} like "
-                f"{files[0].path.name}, got {file.pages} of {file.size} {file.dtype}; keep one stack"
-            )
+            one, got = (f"of {f.size} {f.dtype}" for f in (files[0], file))
+            text = f"expected one page {one} like {files[0].path.name}, got {file.pages} {got}"
+            raise ShapeError(f"{file.path.name}: {text}; keep one stack")
     numbers = [re.findall(r"\d+", p.stem)[-1:] for p in paths]
     steps = np.diff([int(n[0]) for n in numbers]) if all(numbers) else np.ones(1, int)
     if len(steps) and (steps != np.median(steps)).any():
         k = int(np.argmax(steps != np.median(steps)))
-        text = (
-            f"{paths[k + 1].name}: expected an even numbering, got {paths[k].name} just before it; "
-            "add the missing slices"
-        )
-        refuse_unless_forced(options, GeometryError, text)
+        text = f"expected an even numbering, got {paths[k].name} just before it"
+        named = options._replace(name=paths[k + 1].name)
+        doubt(named, GeometryError, f"{text}; add the missing slices")
     if any(file.lossy for file in files):
         options.notes.append("packed with a method that may lose detail (such as JPEG)")
-    if named := files[0].named:
-        options.notes.append(f"{options.name} calls its pages {named}: taken for slices")
+    if what := files[0].named:
+        options.notes.append(f"{options.name} calls its pages {what}: taken for slices")
     if files[0].inverted:
         options.notes.append("stored with white as 0: turned round, so that dense is bright")
 
-# %% ../../nbs/5_scans/07_tiff_stack.ipynb #fae13215
+# %% ../../nbs/5_scans/07_tiff_stack.ipynb #7769948b
 def _tiff_slices(tif: Any, first: int, last: int) -> Iterator[np.ndarray]:
     """Read pages of an open TIFF file, one at a time."""
     series = tif.series[0]
@@ -271,12 +255,9 @@ def open_tiff(options: ReadOptions, files: list[TiffFile]) -> SliceSource:
         try:
             for page in pages(first, last):
                 yield (np.iinfo(page.dtype).max - page if one.inverted else page), None
-        except FileError:
-            raise
         except Exception as e:  # see read_tiff
-            raise FileError(
-                f"{options.name}: its pixels cannot be unpacked; copy it again or save it uncompressed"
-            ) from e
+            text = "its pixels cannot be unpacked; copy it again or save it uncompressed"
+            raise FileError(f"{options.name}: {text}") from e
 
     return SliceSource((count, *one.size), one.dtype, grid, blocks)
 

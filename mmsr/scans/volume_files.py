@@ -5,36 +5,21 @@
 # %% auto #0
 __all__ = ['NIFTI', 'NRRD', 'METAIMAGE', 'stack_of', 'open_scan_file']
 
-# %% ../../nbs/5_scans/06_volume_files.ipynb #cab94c1d
+# %% ../../nbs/5_scans/06_volume_files.ipynb #ce63bddf
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from ..core import FileError, GeometryError, RangeError, ResourceError
 from ..data.volume import Grid
 from .regular_grid import resample_to_regular_grid
-from mmsr.scans.slices import (
-    Block,
-    Format,
-    ReadOptions,
-    SharedFile,
-    SliceSource,
-    refuse_unless_forced,
-)
-from mmsr.scans.volume_headers import (
-    Header,
-    read_header,
-    read_metaimage,
-    read_nifti,
-    read_nrrd,
-    unpack,
-)
+from .slices import Block, Format, ReadOptions, SharedFile, SliceSource, doubt
+from .volume_headers import HEADERS, Header, read_header, unpack
 
-# %% ../../nbs/5_scans/06_volume_files.ipynb #cd4e3fc8
+# %% ../../nbs/5_scans/06_volume_files.ipynb #520c2b38
 def _check_length(options: ReadOptions, header: Header, found: int) -> None:
     """Refuse a file with less data than its header promises; doubt one with more."""
     name, ahead = header.data.name, header.start
@@ -42,8 +27,8 @@ def _check_length(options: ReadOptions, header: Header, found: int) -> None:
     if found < header.due:
         raise FileError(f"{name}: cut short, {got}; copy the file again")
     if found > header.due:
-        text = f"{name}: longer than its header says, {got} or more; convert it anew"
-        refuse_unless_forced(options, FileError, text)
+        text = f"longer than its header says, {got} or more; convert it anew"
+        doubt(options._replace(name=name), FileError, text)
 
 
 def _open_data(options: ReadOptions, header: Header) -> tuple[SharedFile, int]:
@@ -53,16 +38,11 @@ def _open_data(options: ReadOptions, header: Header) -> tuple[SharedFile, int]:
         _check_length(options, header, size - header.start)
         return SharedFile(header.data.open("rb")), header.start + header.skip
     if header.due > 1100 * size:  # gzip packs no better than 1032 to 1
-        raise FileError(
-            f"{header.data.name}: cut short, expected {header.due} bytes, got {size} packed ones; copy "
-            "the file again"
-        )
-    where = tempfile.gettempdir()
-    if header.due > (free := shutil.disk_usage(where).free):
-        raise ResourceError(
-            f"{header.data.name}: unpacks to {header.due / 1e9:.2f} GB, got {free / 1e9:.2f} GB free "
-            "for temporary files; free some space, or set TMPDIR to a larger disk"
-        )
+        text = f"cut short, expected {header.due} bytes, got {size} packed ones"
+        raise FileError(f"{header.data.name}: {text}; copy the file again")
+    if header.due > (free := shutil.disk_usage(tempfile.gettempdir()).free):
+        text = f"unpacks to {header.due / 1e9:.2f} GB, got {free / 1e9:.2f} GB for temporary files"
+        raise ResourceError(f"{header.data.name}: {text}; free space, or set TMPDIR elsewhere")
     held, found = SharedFile(tempfile.TemporaryFile()), 0  # noqa: SIM115 (held on purpose)
     try:
         for piece in unpack(header.data, header.start):
@@ -75,32 +55,28 @@ def _open_data(options: ReadOptions, header: Header) -> tuple[SharedFile, int]:
     _check_length(options, header, found)
     return held, header.skip
 
-# %% ../../nbs/5_scans/06_volume_files.ipynb #9d4250c0
+# %% ../../nbs/5_scans/06_volume_files.ipynb #c3c1944b
 def _file_grid(options: ReadOptions, header: Header) -> Grid:
     """Place the voxels of a file; refuse what it does not say, unless the caller says it."""
     if header.spacing is None and options.voxel is None:
         which = f" but in {header.unit!r}, a unit not known here" if header.unit else ""
-        raise GeometryError(
-            f"{options.name}: its header does not say the voxel size in mm{which}; give voxel_mm=… or "
-            "voxel_um=…"
-        )
+        text = f"its header does not say the voxel size in mm{which}; give voxel_mm=… or voxel_um=…"
+        raise GeometryError(f"{options.name}: {text}")
     for text in header.doubts:
-        refuse_unless_forced(options, FileError, f"{options.name}: {text}")
+        doubt(options, FileError, text)
     axes = np.eye(3) if header.axes is None else header.axes
     off = np.abs(axes.T @ axes - np.eye(3))
     if not off.max() < 1e-4:
         if not (options.resample and max(off[:2, :2].max(), off[2, 2]) < 1e-4):
-            raise GeometryError(
-                f"{options.name}: expected axes at right angles, got a sheared grid; resample it first, or "
-                "with --resample (resample=True)"
-            )
+            text = "expected axes at right angles, got a sheared grid; resample it first"
+            raise GeometryError(f"{options.name}: {text}, or with --resample (resample=True)")
         normal = np.cross(axes[:, 0], axes[:, 1])
         axes = np.column_stack([axes[:, :2], normal * np.sign(normal @ axes[:, 2])])
     if header.axes is None and options.modality == "micro":  # a specimen has no left and right
         options.notes.append("the header does not say how the scan is oriented: along its own axes")
     elif header.axes is None:
-        text = f"{options.name}: its header does not say how the scan is oriented; convert it anew"
-        refuse_unless_forced(options, GeometryError, text)
+        text = "its header does not say how the scan is oriented; convert it anew"
+        doubt(options, GeometryError, text)
     direction = tuple((axes.ravel() + 0.0).tolist())
     if header.spacing is None:
         options.notes.append("the header does not say its unit: voxel size as given, origin 0")
@@ -112,17 +88,15 @@ def _file_grid(options: ReadOptions, header: Header) -> Grid:
         raise GeometryError(f"{options.name}: its origin is not finite; mend its header")
     return Grid((z, y, x), (origin[0], origin[1], origin[2]), direction)
 
-# %% ../../nbs/5_scans/06_volume_files.ipynb #5e07e761
+# %% ../../nbs/5_scans/06_volume_files.ipynb #6135a0bc
 def stack_of(
     options: ReadOptions, header: Header, opened: Callable[[], Callable[[int], np.ndarray]]
 ) -> SliceSource:
     """Place slices where a header says, or refuse it before they are opened."""
     grid = _file_grid(options, header)
     if header.modality == "micro" and options.modality == "clinical":
-        text = (
-            f"{options.name}: expected clinical CT in HU, got what says it is µCT; read it as micro"
-        )
-        refuse_unless_forced(options, RangeError, text)
+        text = "expected clinical CT in HU, got what says it is µCT; read it as micro"
+        doubt(options, RangeError, text)
     options.notes.extend(header.notes)
     read, (width, height, count) = opened(), header.size[:3]
 
@@ -137,7 +111,7 @@ def stack_of(
     steps = np.arange(count)[:, None] * way * grid.spacing_mm[0]  # sheared: askew to the slices
     return resample_to_regular_grid(options, stack, grid.origin_mm + steps)
 
-# %% ../../nbs/5_scans/06_volume_files.ipynb #e41cd5e4
+# %% ../../nbs/5_scans/06_volume_files.ipynb #49a8f0e5
 def open_scan_file(options: ReadOptions, headers: list[Header]) -> SliceSource:
     """Open a NIfTI, NRRD or MetaImage file; its slices are read when asked for."""
     (header,) = headers
@@ -163,10 +137,7 @@ def open_scan_file(options: ReadOptions, headers: list[Header]) -> SliceSource:
     return stack_of(options, header._replace(dtype=dtype), opened)
 
 
-def _format(name: str, read: Any, *endings: str) -> Format:
-    return Format(name, endings, partial(read_header, read), open_scan_file)
-
-
-NIFTI = _format("NIfTI", read_nifti, ".nii", ".nii.gz", ".hdr", ".img")
-NRRD = _format("NRRD", read_nrrd, ".nrrd", ".nhdr")
-METAIMAGE = _format("MetaImage", read_metaimage, ".mha", ".mhd")
+NIFTI, NRRD, METAIMAGE = (
+    Format(name, endings, partial(read_header, read), open_scan_file)
+    for name, read, endings in HEADERS
+)

@@ -287,12 +287,12 @@ def test_series_are_listed_without_names_and_can_be_chosen(tmp_path):
     assert np.array_equal(read_volume(tmp_path / "all", series="3").array, first)
     assert np.array_equal(read_volume(tmp_path / "all", series="1").array, second)
     found = scan_series([h for f in sorted((tmp_path / "all").iterdir()) for h in heads_of(f)])
-    assert [(s.number, s.shape[0]) for s in found] == [(1, 3), (2, 1), (3, 6)]
+    assert [(s.number, len(s.heads)) for s in found] == [(1, 3), (2, 1), (3, 6)]
     assert np.array_equal(read_volume(tmp_path / "all", series=found[2].uid).array, first)
     refused(SettingsError, tmp_path / "all", "1 to 3", series="4")
     refused(FileError, tmp_path / "all", "got SR", series="2")
     assert "Secret" not in repr(found)
-    assert next(report.iterdir()) in found[1].files
+    assert [h.path for h in found[1].heads] == list(report.iterdir())
 
 
 def test_a_scout_in_the_same_series_is_told_apart(tmp_path):
@@ -353,8 +353,8 @@ def test_copies_and_different_slices_at_one_place(tmp_path):
     change(copy, SOPInstanceUID=uid("another"))
     refused(GeometryError, folder, "same place", "but differ")
     facts = dicom_facts(ReadOptions("s", []), heads_of(folder))
-    assert facts.doubles == (0, 1)
-    assert facts.spacing_mm == (2.5, 0.5, 0.6)
+    assert facts.copies == [False]
+    assert facts.fit.usual == 2.5
 
 
 def test_other_frames_of_reference_do_not_mix(tmp_path):
@@ -701,23 +701,22 @@ def test_facts_of_a_tilted_stack_with_a_gap(tmp_path):
     in_order(folder)[4].unlink()
     facts = dicom_facts(ReadOptions("s", []), heads_of(folder))
     assert facts.tilt_degrees == pytest.approx(np.degrees(np.arctan2(1, 2.5)))
-    assert facts.sideways_mm == pytest.approx(8)
-    assert facts.spacing_mm == (2.5, 0.5, 0.6)
-    assert facts.missing == 1
-    assert facts.gaps == ((pytest.approx(7.5), 1),)
-    assert facts.series.kernel == "FC51"
-    assert facts.padding_stored == 5
-    assert facts.doubles == (0, 0)
+    assert facts.fit.sideways == pytest.approx(8)
+    assert facts.fit.usual == 2.5
+    assert facts.gaps == [(pytest.approx(7.5), 1)]
+    assert facts.series.heads[0].tags["ConvolutionKernel"] == "FC51"
+    assert facts.series.heads[0].tags["PixelPaddingValue"] == 5
+    assert facts.copies == []
 
 
 @real
 def test_facts_of_the_chest():
     facts = dicom_facts(ReadOptions("chest", []), heads_of(REAL / "nlst_chest_dicom"))
-    assert facts.series.shape == (143, 512, 512)
-    assert facts.series.kernel == "FC51"
-    assert facts.spacing_mm == pytest.approx((2.0, 0.54, 0.54))
+    assert len(facts.series.heads) == 143
+    assert facts.series.heads[0].tags["ConvolutionKernel"] == "FC51"
+    assert facts.fit.usual == pytest.approx(2.0)
     assert "JPEG-LS" in facts.packing
-    assert (facts.tilt_degrees, facts.missing, facts.doubles) == (0.0, 0, (0, 0))
+    assert (facts.tilt_degrees, facts.gaps, facts.copies) == (0.0, [], [])
 
 
 @real

@@ -9,7 +9,8 @@ import pytest
 
 from mmsr.app import cli
 from mmsr.core import FileError
-from mmsr.scans.read import FORMATS, read_mask, read_volume
+from mmsr.scans import read
+from mmsr.scans.read import read_mask, read_volume
 from mmsr.scans.scan_summary import scan_info
 
 # What somebody would put into `toy.py`: a header line of text, and int16 HU behind it.
@@ -56,7 +57,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("toy")
     exec(TOY_MODULE, module.__dict__)
     monkeypatch.setitem(sys.modules, "toy", module)
-    monkeypatch.setitem(FORMATS, "toy", module.TOY)
+    monkeypatch.setattr(read, "FORMATS", [*read.FORMATS, module.TOY])
 
 
 @pytest.mark.usefixtures("toy")

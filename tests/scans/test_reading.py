@@ -683,7 +683,7 @@ def test_ome_zarr_with_empty_pieces_and_several_threads(tmp_path):
         ({"only": {"plate": {}}}, "plate of wells"),
         ({"only": {"well": {}}}, "a well"),
         ({"only": {"bioformats2raw.layout": 3}}, "collection of images"),
-        ({"only": {}}, "another kind of Zarr, or one packed in a way not known here"),
+        ({"only": {}}, "otherwise packed or another Zarr"),
         ({"only": {"multiscales": []}}, "got 0"),
         ({"only": {"multiscales": [{"axes": ["z", "y", "x"], "datasets": []}]}}, "damaged"),
     ],
