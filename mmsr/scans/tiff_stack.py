@@ -17,7 +17,14 @@ import numpy as np
 
 from ..core import FileError, GeometryError, ShapeError
 from ..data.volume import Grid
-from .slices import Block, Format, ReadOptions, SharedFile, SliceSource, doubt
+from mmsr.scans.slices import (
+    Block,
+    Format,
+    ReadOptions,
+    SharedFile,
+    SliceSource,
+    refuse_unless_forced,
+)
 
 # %% ../../nbs/5_scans/07_tiff_stack.ipynb #1861b07e
 Said = tuple[tuple[float, float, float], str]  # a voxel size in mm (z, y, x), and who says so
@@ -191,7 +198,7 @@ def _tiff_grid(options: ReadOptions, files: list[TiffFile]) -> Grid:
         if options.voxel is None:
             way = "give voxel_mm=… or voxel_um=… and --force (force=True)"
             raise GeometryError(f"{options.name}: {text}; {way}")
-        doubt(options, GeometryError, f"{text}; take away what is wrong")
+        refuse_unless_forced(options, GeometryError, f"{text}; take away what is wrong")
     options.notes.append(f"voxel size (z, y, x) {shown[0]}")
     return Grid(said[0][0])
 
@@ -210,7 +217,7 @@ def _check_stack(options: ReadOptions, files: list[TiffFile]) -> None:
         k = int(np.argmax(steps != np.median(steps)))
         text = f"expected an even numbering, got {paths[k].name} just before it"
         named = options._replace(name=paths[k + 1].name)
-        doubt(named, GeometryError, f"{text}; add the missing slices")
+        refuse_unless_forced(named, GeometryError, f"{text}; add the missing slices")
     if any(file.lossy for file in files):
         options.notes.append("packed with a method that may lose detail (such as JPEG)")
     if what := files[0].named:

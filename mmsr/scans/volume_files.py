@@ -16,7 +16,14 @@ import numpy as np
 from ..core import FileError, GeometryError, RangeError, ResourceError
 from ..data.volume import Grid
 from .regular_grid import resample_to_regular_grid
-from .slices import Block, Format, ReadOptions, SharedFile, SliceSource, doubt
+from mmsr.scans.slices import (
+    Block,
+    Format,
+    ReadOptions,
+    SharedFile,
+    SliceSource,
+    refuse_unless_forced,
+)
 from .volume_headers import HEADERS, Header, read_header, unpack
 
 # %% ../../nbs/5_scans/06_volume_files.ipynb #520c2b38
@@ -28,7 +35,7 @@ def _check_length(options: ReadOptions, header: Header, found: int) -> None:
         raise FileError(f"{name}: cut short, {got}; copy the file again")
     if found > header.due:
         text = f"longer than its header says, {got} or more; convert it anew"
-        doubt(options._replace(name=name), FileError, text)
+        refuse_unless_forced(options._replace(name=name), FileError, text)
 
 
 def _open_data(options: ReadOptions, header: Header) -> tuple[SharedFile, int]:
@@ -63,7 +70,7 @@ def _file_grid(options: ReadOptions, header: Header) -> Grid:
         text = f"its header does not say the voxel size in mm{which}; give voxel_mm=… or voxel_um=…"
         raise GeometryError(f"{options.name}: {text}")
     for text in header.doubts:
-        doubt(options, FileError, text)
+        refuse_unless_forced(options, FileError, text)
     axes = np.eye(3) if header.axes is None else header.axes
     off = np.abs(axes.T @ axes - np.eye(3))
     if not off.max() < 1e-4:
@@ -76,7 +83,7 @@ def _file_grid(options: ReadOptions, header: Header) -> Grid:
         options.notes.append("the header does not say how the scan is oriented: along its own axes")
     elif header.axes is None:
         text = "its header does not say how the scan is oriented; convert it anew"
-        doubt(options, GeometryError, text)
+        refuse_unless_forced(options, GeometryError, text)
     direction = tuple((axes.ravel() + 0.0).tolist())
     if header.spacing is None:
         options.notes.append("the header does not say its unit: voxel size as given, origin 0")
@@ -96,7 +103,7 @@ def stack_of(
     grid = _file_grid(options, header)
     if header.modality == "micro" and options.modality == "clinical":
         text = "expected clinical CT in HU, got what says it is µCT; read it as micro"
-        doubt(options, RangeError, text)
+        refuse_unless_forced(options, RangeError, text)
     options.notes.extend(header.notes)
     read, (width, height, count) = opened(), header.size[:3]
 
