@@ -13,11 +13,11 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from .tiling import MIN_TILE, _tiles, _tiling, untileable
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .tiling import MIN_TILE, _tiles, _tiling, untileable
 from ..networks.generators import G1
 from ..networks.layers import to_channels_last
 from ..networks.weights import GENERATORS

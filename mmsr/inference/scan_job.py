@@ -16,21 +16,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from .memory import BATCHES_IN_FLIGHT
-from mmsr.inference.sr_slices import (
-    ScanSummary,
-    SROptions,
-    SRSlice,
-    check_scan,
-    summarise,
-    super_resolve_slices,
-)
-from .super_resolve import check_memory, sr_outputs
 from tqdm import tqdm
 
 from .. import __version__
 from ..core import ResourceError, SettingsError, fingerprint, progress_bar
 from ..data.volume import Volume
+from .memory import BATCHES_IN_FLIGHT
+from .sr_slices import ScanSummary, SROptions, SRSlice, checked, super_resolve_slices
+from .super_resolve import check_memory, sr_outputs
 from ..networks.generators import G1
 from ..networks.weights import ModelCard
 from ..scans.output_plan import Output, OutputPlan, is_finished, plan_outputs, unfinished
@@ -151,8 +144,7 @@ def plan_scan(
 
     The parameters and errors are those of `super_resolve_scan`.
     """
-    check_scan(volume, g1, card, mask)
-    options, shape = (options or SROptions()).resolved(g1, volume.array.shape), volume.array.shape
+    options, shape = checked(volume, g1, card, options, mask), volume.array.shape
     if options.uncertainty != (targets.uncertainty is not None):
         raise SettingsError("uncertainty: expected the option and a file for it, got one of them")
     made, paths = sr_outputs(volume, g1.settings.scale), targets._asdict()
@@ -210,7 +202,7 @@ def run_scan(
                 del one, planes  # 33 MB or more, not to be held while the next one is made
                 bar.update()
         facts = output.finish() if part == (1, 1) else None
-    return None if facts is None else summarise(facts)
+    return None if facts is None else ScanSummary.of(facts)
 
 
 def super_resolve_scan(

@@ -22,11 +22,7 @@ from ..data.batches import PatchLoader, UnpairedBatches
 from ..data.patches import PatchBank
 from ..losses.gan import lsgan_discriminator_loss, lsgan_generator_loss, reconstruction_loss
 from ..losses.mmsr import MMSRSettings, enlarge, identity_loss, mmsr_loss, mmsr_terms
-from mmsr.networks.discriminators import (
-    DiscriminatorSettings,
-    PatchDiscriminator,
-    build_discriminator,
-)
+from ..networks.discriminators import DiscriminatorSettings, PatchDiscriminator
 from mmsr.networks.generators import (
     G1,
     DownsamplingGenerator,
@@ -201,8 +197,8 @@ def networks_of(settings: SRCycleGANSettings) -> Networks:
     return Networks(
         build_g1(settings.g1, own["g1"]),
         build_g2(settings.g2, own["g2"]),
-        build_discriminator(settings.d_x, own["d_x"]),
-        build_discriminator(settings.d_y, own["d_y"]),
+        PatchDiscriminator.build(settings.d_x, own["d_x"]),
+        PatchDiscriminator.build(settings.d_y, own["d_y"]),
     )
 
 # %% ../../nbs/4_training/07_sr_cyclegan.ipynb #f88e563e

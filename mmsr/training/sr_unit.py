@@ -26,11 +26,7 @@ from mmsr.losses.gan import (
     reconstruction_loss,
 )
 from ..losses.mmsr import MMSRSettings, mmsr_loss, mmsr_terms
-from mmsr.networks.discriminators import (
-    DiscriminatorSettings,
-    PatchDiscriminator,
-    build_discriminator,
-)
+from ..networks.discriminators import DiscriminatorSettings, PatchDiscriminator
 from ..networks.generators import G1
 from mmsr.networks.unit import (
     Decoder,
@@ -196,8 +192,8 @@ def networks_of(settings: SRUNITSettings) -> SRUNITNetworks:
     }
     return SRUNITNetworks(
         *build_unit(settings.unit, own["unit"]),
-        build_discriminator(settings.d_x, own["d_x"]),
-        build_discriminator(settings.d_y, own["d_y"]),
+        PatchDiscriminator.build(settings.d_x, own["d_x"]),
+        PatchDiscriminator.build(settings.d_y, own["d_y"]),
     )
 
 # %% ../../nbs/4_training/08_sr_unit.ipynb #dcbc8fa7
