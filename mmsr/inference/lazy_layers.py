@@ -321,23 +321,12 @@ def run(stages: Iterable[Stage], m: Map, tiling: Tiling) -> Map:
     return m
 
 
-def _up_block(block: layers.UpBlock, m: Map, tiling: Tiling) -> Map:
-    """Run an up block without its shuffle, and the shuffle unless it is left to the next layer."""
-    m = run([block.conv, block.norm, block.activation], m, tiling)
-    return shuffled(m, 2) if block.shuffled else m
-
-
-def _up_convolution(block: layers.UpConvolution, m: Map, tiling: Tiling) -> Map:
-    """Run a transposed convolution, its normalisation and ReLU."""
-    return run([block.norm, nn.ReLU()], _transposed(m, block.conv), tiling)
-
-
 _KNOWN: dict[type, Callable[[Any, Map, Tiling], Map]] = {
     **dict.fromkeys(_EACH_PIXEL, lambda layer, m, _: _pointwise(m, layer)),
     layers.ResidualBlock: lambda block, m, tiling: _residual(m, tiling, block),
-    layers.UpBlock: _up_block,
-    layers.UpConvolution: _up_convolution,
-    layers.DownBlock: lambda b, m, tiling: run([b.conv, b.norm, nn.ReLU()], m, tiling),
+    layers.UpBlock: lambda b, m, tiling: run([*b, *[nn.PixelShuffle(2)] * b.shuffled], m, tiling),
+    layers.UpConvolution: lambda b, m, t: run([b.norm, nn.ReLU()], _transposed(m, b.conv), t),
+    layers.DownBlock: lambda block, m, tiling: run(block, m, tiling),
     layers.FoldedConvolution: lambda layer, m, _: shuffled(_convolved(m, layer), 2),
     layers.Convolution: lambda layer, m, _: _convolved(m, layer),
     layers.LastConvolution: lambda layer, m, _: _convolved(m, layer),

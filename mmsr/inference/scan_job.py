@@ -190,9 +190,8 @@ def run_scan(
         wanted = [*middle, *(z for z in missing if z not in middle)]
         done = output.slices - len(missing) if part == (1, 1) else 0
         slices = super_resolve_slices(job.volume, wanted, job.g1, job.card, job.options, job.mask)
-        with progress_bar(
-            len(missing) + done, "super-resolving", unit="slice", initial=done, shown=progress
-        ) as bar:
+        total, what = len(missing) + done, "super-resolving"
+        with progress_bar(total, what, unit="slice", initial=done, shown=progress) as bar:
             for one in slices:
                 planes = {name: getattr(one, name) for name in names}
                 output.write(one.z, planes, one.facts(job.mask))

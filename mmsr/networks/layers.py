@@ -10,6 +10,7 @@ __all__ = ['Norm', 'InstanceNorm', 'ChannelNorm', 'make_norm', 'outer_norm', 'mi
 
 # %% ../../nbs/2_networks/01_layers.ipynb #4d653225
 import math
+from collections import OrderedDict
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Self
 
@@ -188,18 +189,17 @@ def _shuffle_last(x: Tensor, factor: int) -> Tensor:
     return fine.permute(0, 3, 1, 2)
 
 
-class UpBlock(nn.Module):
+class UpBlock(nn.Sequential):
     """Double both sides: convolution, normalisation, PReLU, PixelShuffle."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, norm: Norm) -> None:
-        super().__init__()
-        self.conv = Convolution(inputs, 4 * outputs, kernel, bias=norm == "none")
-        self.norm = make_norm(norm, 4 * outputs)
-        self.activation = PReLU()
+        conv = Convolution(inputs, 4 * outputs, kernel, bias=norm == "none")
+        norms = make_norm(norm, 4 * outputs)
+        super().__init__(OrderedDict(conv=conv, norm=norms, activation=PReLU()))
         self.shuffled = True  # False leaves the channels as they are, for FoldedConvolution
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.activation(self.norm(self.conv(x)))
+        x = super().forward(x)
         return shuffle(x) if self.shuffled else x
 
 
@@ -225,16 +225,13 @@ class UpConvolution(nn.Module):
         return F.relu(self.norm(wide[..., : 2 * height, : 2 * width]))
 
 
-class DownBlock(nn.Module):
+class DownBlock(nn.Sequential):
     """Halve both sides: 3×3 or 4×4 convolution with stride 2, normalisation, ReLU."""
 
     def __init__(self, inputs: int, outputs: int, norm: Norm, *, kernel: int = 4) -> None:
-        super().__init__()
-        self.conv = Convolution(inputs, outputs, kernel, stride=2, bias=norm == "none")
-        self.norm = make_norm(norm, outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.norm(self.conv(x)))
+        conv = Convolution(inputs, outputs, kernel, stride=2, bias=norm == "none")
+        norms = make_norm(norm, outputs)
+        super().__init__(OrderedDict(conv=conv, norm=norms, activation=nn.ReLU()))
 
 # %% ../../nbs/2_networks/01_layers.ipynb #14b0b8df
 def fold_kernel(weight: Tensor) -> Tensor:

@@ -90,10 +90,8 @@ def build_g2(
 ) -> DownsamplingGenerator | ResnetGenerator:
     """Build a G2 of any kind with fresh weights, as `build_g1` does."""
     if getattr(settings, "octaves", 0) > 0 or getattr(settings, "enlarged", 1) > 1:
-        raise SettingsError(
-            f"octaves: G2 shrinks, expected 0 or less and enlarged=1, "
-            f"got {settings.octaves} and enlarged={settings.enlarged}"
-        )
+        got = f"got {settings.octaves} and enlarged={settings.enlarged}"
+        raise SettingsError(f"octaves: G2 shrinks, expected 0 or less and enlarged=1, {got}")
     return _built(G2_NETWORKS, settings, generator)
 
 
@@ -177,15 +175,11 @@ def save_generator(path: str | Path, g1: G1, record: ModelCard, *, half: bool = 
     if record.g1 != g1.settings:
         raise SettingsError("record.g1: describes another architecture; set it to g1.settings")
     dtype = torch.float16 if half else torch.float32
-    tensors = {
-        name: value.detach().to("cpu", dtype).contiguous()
-        for name, value in g1.state_dict().items()
-    }
+    state = g1.state_dict().items()
+    tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in state}
     for name, value in tensors.items():
         if not value.isfinite().all():
-            raise RangeError(
-                f"{name}: holds values that are not finite, or too large for {dtype}; not saved"
-            )
+            raise RangeError(f"{name}: not finite, or too large for {dtype}; not saved")
     try:
         text = json.dumps(record.model_dump(mode="json"), sort_keys=True)
     except PydanticSerializationError as e:
@@ -251,11 +245,9 @@ def _check_tensors(path: Path, file: Any, g1: G1) -> None:
     found = {name: tuple(part.get_shape()) for name, part in parts.items()}
     expected = {name: tuple(value.shape) for name, value in g1.state_dict().items()}
     for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise FileError(
-                f"{path}: {name} has shape {found.get(name, 'missing')}, but its record "
-                f"asks for {expected.get(name, 'none')}"
-            )
+        has, asked = found.get(name, "missing"), expected.get(name, "none")
+        if has != asked:
+            raise FileError(f"{path}: {name} has shape {has}, but its record asks for {asked}")
     for name, part in parts.items():
         if part.get_dtype() not in ("F16", "BF16", "F32"):
             raise FileError(f"{path}: {name} has type {part.get_dtype()}, expected floats")
