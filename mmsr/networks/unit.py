@@ -153,7 +153,11 @@ class UNITGenerator(G1):
         self.settings = settings
         self.encoder = networks.encode_x if networks else Encoder(settings, settings.halvings_x)
         self.decoder = networks.decode_y if networks else Decoder(settings, settings.halvings_y)
-        self.min_size = -(-self.encoder.min_size // settings.enlarged)
+
+    @property
+    def min_size(self) -> int:
+        """Shortest side of a patch."""
+        return -(-self.encoder.min_size // self.settings.enlarged)
 
     @classmethod
     def build(cls, settings: UNITSettings, generator: torch.Generator | None = None) -> Self:
