@@ -22,14 +22,7 @@ from .. import __version__
 from ..core import ResourceError, SettingsError, fingerprint, progress_bar
 from ..data.volume import Volume
 from .memory import BATCHES_IN_FLIGHT
-from mmsr.inference.sr_slices import (
-    ScanSummary,
-    SROptions,
-    SRSlice,
-    check_scan,
-    summarise,
-    super_resolve_slices,
-)
+from .sr_slices import ScanSummary, SROptions, SRSlice, checked, super_resolve_slices
 from .super_resolve import check_memory, sr_outputs
 from ..networks.generators import G1
 from ..networks.weights import ModelCard
@@ -151,8 +144,7 @@ def plan_scan(
 
     The parameters and errors are those of `super_resolve_scan`.
     """
-    check_scan(volume, g1, card, mask)
-    options, shape = (options or SROptions()).resolved(g1, volume.array.shape), volume.array.shape
+    options, shape = checked(volume, g1, card, options, mask), volume.array.shape
     if options.uncertainty != (targets.uncertainty is not None):
         raise SettingsError("uncertainty: expected the option and a file for it, got one of them")
     made, paths = sr_outputs(volume, g1.settings.scale), targets._asdict()
@@ -198,9 +190,8 @@ def run_scan(
         wanted = [*middle, *(z for z in missing if z not in middle)]
         done = output.slices - len(missing) if part == (1, 1) else 0
         slices = super_resolve_slices(job.volume, wanted, job.g1, job.card, job.options, job.mask)
-        with progress_bar(
-            len(missing) + done, "super-resolving", unit="slice", initial=done, shown=progress
-        ) as bar:
+        total, what = len(missing) + done, "super-resolving"
+        with progress_bar(total, what, unit="slice", initial=done, shown=progress) as bar:
             for one in slices:
                 planes = {name: getattr(one, name) for name in names}
                 output.write(one.z, planes, one.facts(job.mask))
@@ -210,7 +201,7 @@ def run_scan(
                 del one, planes  # 33 MB or more, not to be held while the next one is made
                 bar.update()
         facts = output.finish() if part == (1, 1) else None
-    return None if facts is None else summarise(facts)
+    return None if facts is None else ScanSummary.of(facts)
 
 
 def super_resolve_scan(

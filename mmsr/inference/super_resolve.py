@@ -15,13 +15,7 @@ import torch
 from ..core import RESEARCH_ONLY, ResourceError, available_memory, progress_bar
 from ..data.volume import Volume, sr_geometry
 from .memory import BATCHES_IN_FLIGHT, memory_needed
-from mmsr.inference.sr_slices import (
-    ScanSummary,
-    SROptions,
-    check_scan,
-    summarise,
-    super_resolve_slices,
-)
+from .sr_slices import ScanSummary, SROptions, checked, super_resolve_slices
 from ..networks.generators import G1
 from ..networks.weights import ModelCard
 from ..scans.output_plan import placeholder
@@ -131,8 +125,7 @@ def super_resolve(
     ResourceError
         If memory would not suffice.
     """
-    check_scan(volume, g1, card, mask)
-    options, count = (options or SROptions()).resolved(g1, volume.array.shape), len(volume.array)
+    options, count = checked(volume, g1, card, options, mask), len(volume.array)
     check_memory(g1, volume.array.shape, options)
     made = {
         name: one._replace(array=np.empty(one.array.shape, one.array.dtype))
@@ -149,4 +142,4 @@ def super_resolve(
             bar.update()
     maps = made.get("consistency"), made.get("uncertainty")
     assert not isinstance(options.tile, str)
-    return SRResult(made["sr"], *maps, options.tile, summarise(facts))
+    return SRResult(made["sr"], *maps, options.tile, ScanSummary.of(facts))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import pydantic
 import torch
@@ -21,24 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import Settings, ShapeError
-from mmsr.networks.layers import (
-    Convolution,
-    DownBlock,
-    FoldedConvolution,
-    LastConvolution,
-    Network,
-    Norm,
-    PReLU,
-    ResidualBlock,
-    UpConvolution,
-    check_image,
-    conv_block,
-    drawn,
-    enlarge_and_pad,
-    outer_norm,
-    to_channels_last,
-    up_blocks,
-)
+from . import layers
+from .layers import Network, Norm, ResidualBlock, check_image, conv_block, outer_norm
 
 # %% ../../nbs/2_networks/02_generators.ipynb #94f97bb3
 def _check_channels(settings: Any) -> Any:
@@ -201,6 +185,7 @@ class G1(Network):
     """
 
     settings_class: ClassVar[type[Settings]]
+    noise_channels = 0  # of white noise on the patch's grid that `forward` draws from
 
     @property
     def scale(self) -> int:
@@ -211,11 +196,6 @@ class G1(Network):
     def min_size(self) -> int:
         """Shortest side of a patch."""
         return 1
-
-    @property
-    def noise_channels(self) -> int:
-        """Channels of white noise on the patch's grid that `forward` draws from."""
-        return 0
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """Enlarge patches (b, 1, h, w) in [−1, 1] to (b, 1, scale·h, scale·w), as `noise_of` says."""
@@ -268,35 +248,25 @@ class SRGenerator(G1):
         self.settings = settings
         n, norm = settings.channels, settings.norm
         outer, octaves = outer_norm(norm), int(math.log2(settings.scale))
-        self.head = conv_block(1, n, settings.head_kernel, outer, PReLU())
+        self.head = conv_block(1, n, settings.head_kernel, outer, layers.PReLU())
         self.blocks = nn.Sequential(*[ResidualBlock(n, norm) for _ in range(settings.blocks)])
-        self.neck = conv_block(n, n, 3, outer, PReLU())
-        self.up = up_blocks(n, octaves, settings.up_kernel, outer)
-        self.last = FoldedConvolution(n >> octaves, settings.last_kernel)
+        self.neck = conv_block(n, n, 3, outer, layers.PReLU())
+        self.up = layers.up_blocks(n, octaves, settings.up_kernel, outer)
+        self.last = layers.FoldedConvolution(n >> octaves, settings.last_kernel)
         noisy = range(octaves) if settings.noise else ()
-        self.strength = nn.ParameterList([torch.empty(n >> i + 1) for i in noisy])
-
-    @classmethod
-    def build(cls, settings: G1Settings, generator: torch.Generator | None = None) -> Self:
-        """Build it with fresh weights."""
-        g1 = drawn(cls, settings, generator)
-        to_channels_last(g1)
-        with torch.no_grad():
-            if settings.skip:
-                g1.last.weight.mul_(0.1)  # start close to the enlarged input
-            for strength in g1.strength:
-                strength.fill_(0.3)
-        return g1
-
-    @property
-    def noise_channels(self) -> int:
-        """Channels of noise: all pixels of all finer grids."""
-        return sum(4 ** (i + 1) for i in range(len(self.up))) if self.settings.noise else 0
+        self.strength = nn.ParameterList([torch.full((n >> i + 1,), 0.3) for i in noisy])
+        self.noise_channels = sum(4 ** (i + 1) for i in noisy)  # all pixels of all finer grids
 
     @property
     def min_size(self) -> int:
         """Shortest side of a patch: a mirror needs something to reflect."""
         return max(self.settings.head_kernel, self.settings.up_kernel) // 2 + 1
+
+    def draw(self, generator: torch.Generator | None) -> None:
+        """Draw the weights."""
+        layers.initialise(self, norm=self.settings.norm, generator=generator)
+        if self.settings.skip:
+            self.last.weight.mul_(0.1)  # start close to the enlarged input
 
     def add_noise(self, i: int, features: Tensor, field: Tensor) -> Tensor:
         """Add noise behind up block `i`, as strongly as each channel has learned.
@@ -322,9 +292,7 @@ class SRGenerator(G1):
         correction = self.last(features).to(x.dtype)
         if not self.settings.skip:
             return torch.tanh(correction)
-        return add_inside_tanh(
-            correction, F.interpolate(x, scale_factor=self.scale, mode="bicubic")
-        )
+        return add_inside_tanh(correction, layers.enlarge_and_pad(x, self.scale, 1))
 
     def stages(self) -> list[Stage]:
         """List what `forward` does."""
@@ -353,27 +321,16 @@ class ResnetGenerator(G1):
         n, octaves = settings.channels, settings.octaves
         norm, outer = settings.norm, outer_norm(settings.norm)
         self.head = conv_block(1, n, 7, outer, nn.ReLU())
-        self.down = nn.Sequential(
-            DownBlock(n, 2 * n, outer, kernel=3), DownBlock(2 * n, 4 * n, outer, kernel=3)
-        )
+        down, up = partial(layers.DownBlock, norm=outer, kernel=3), layers.UpConvolution
+        self.down = nn.Sequential(down(n, 2 * n), down(2 * n, 4 * n))
         self.blocks = nn.Sequential(*[ResidualBlock(4 * n, norm) for _ in range(settings.blocks)])
-        self.up = nn.Sequential(UpConvolution(4 * n, 2 * n, outer), UpConvolution(2 * n, n, outer))
-        ups = [UpConvolution(n >> i, n >> i + 1, outer) for i in range(octaves)]
-        downs = [DownBlock(n << i, n << i + 1, outer, kernel=3) for i in range(-octaves)]
+        self.up = nn.Sequential(up(4 * n, 2 * n, outer), up(2 * n, n, outer))
+        ups = [up(n >> i, n >> i + 1, outer) for i in range(octaves)]
+        downs = [down(n << i, n << i + 1) for i in range(-octaves)]
         self.tail = nn.Sequential(*ups, *downs)  # one of the two, or none
         width = n >> octaves if octaves > 0 else n << -octaves
-        self.last = LastConvolution(width, 1, 7)
+        self.last = layers.LastConvolution(width, 1, 7)
         self.gain = min(n / width, 1.0)  # Adam's step of the sum grows with its channels
-
-    @classmethod
-    def build(cls, settings: ResnetSettings, generator: torch.Generator | None = None) -> Self:
-        """Build it with fresh weights."""
-        net = drawn(cls, settings, generator)
-        to_channels_last(net)
-        if settings.norm != "instance":
-            with torch.no_grad():  # He's spread at every layer, so that tanh begins linear
-                net.last.weight.mul_(0.1)
-        return net
 
     @property
     def min_size(self) -> int:
@@ -381,11 +338,17 @@ class ResnetGenerator(G1):
         s = self.settings
         return max(-(-5 // s.enlarged), 4 * s.scale if s.octaves < 0 else 1)
 
+    def draw(self, generator: torch.Generator | None) -> None:
+        """Draw the weights."""
+        layers.initialise(self, norm=self.settings.norm, generator=generator)
+        if self.settings.norm != "instance":  # He's spread at every layer: let tanh begin linear
+            self.last.weight.mul_(0.1)
+
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         s = self.settings
         check_image("image", x, min_size=self.min_size, multiple=2 ** max(-s.octaves, 0))
         h, w = (side * s.enlarged for side in x.shape[2:])
-        image = enlarge_and_pad(x, s.enlarged, 4)
+        image = layers.enlarge_and_pad(x, s.enlarged, 4)
         features = self.up(self.blocks(self.down(self.head(image))))[..., :h, :w]
         return torch.tanh(self.last(self.tail(features)).to(x.dtype) * self.gain)
 
@@ -409,19 +372,16 @@ class DownsamplingGenerator(Network):
         n, norm = settings.channels, settings.norm
         octaves, outer = int(math.log2(settings.scale)), outer_norm(settings.norm)
         widths = [1, *[n >> i for i in reversed(range(octaves))]]
-        self.down = nn.Sequential(*[DownBlock(a, b, outer) for a, b in pairwise(widths)])
+        self.down = nn.Sequential(*[layers.DownBlock(a, b, outer) for a, b in pairwise(widths)])
         self.blocks = nn.Sequential(*[ResidualBlock(n, norm) for _ in range(settings.blocks)])
-        self.last = LastConvolution(n, 1, 3)
+        self.last = layers.LastConvolution(n, 1, 3)
 
-    @classmethod
-    def build(cls, settings: G2Settings, generator: torch.Generator | None = None) -> Self:
-        """Build it with fresh weights."""
-        g2 = drawn(cls, settings, generator)
-        to_channels_last(g2)
-        with torch.no_grad():  # start within the linear part of tanh
-            seeded = generator or torch.Generator().manual_seed(1)
-            g2.last.weight.normal_(0, 0.005, generator=seeded)
-        return g2
+    def draw(self, generator: torch.Generator | None) -> None:
+        """Draw the weights."""
+        layers.initialise(self, norm=self.settings.norm, generator=generator)
+        layers.to_channels_last(self)
+        seeded = generator or torch.Generator().manual_seed(1)
+        self.last.weight.normal_(0, 0.005, generator=seeded)  # start in the linear part of tanh
 
     def forward(self, y: Tensor) -> Tensor:
         scale = self.settings.scale

@@ -7,31 +7,16 @@ __all__ = ['UNITSettings', 'Encoder', 'Decoder', 'UNITNetworks', 'build_unit', '
 
 # %% ../../nbs/2_networks/04_unit.ipynb #eb2d81c7
 import math
-from functools import partial
-from itertools import product
-from typing import Any, Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import pydantic
 import torch
 from torch import Tensor, nn
 
 from ..core import Settings
+from . import layers
 from .generators import G1, CropTo, Enlarge, PadTo, Stage
-from mmsr.networks.layers import (
-    DownBlock,
-    FoldedConvolution,
-    LastConvolution,
-    Network,
-    Norm,
-    ResidualBlock,
-    check_image,
-    conv_block,
-    drawn,
-    enlarge_and_pad,
-    outer_norm,
-    to_channels_last,
-    up_blocks,
-)
+from .layers import Network, Norm, ResidualBlock, check_image, outer_norm
 
 # %% ../../nbs/2_networks/04_unit.ipynb #8b4d538e
 class UNITSettings(Settings):
@@ -88,22 +73,20 @@ class Encoder(Network):
 
     def __init__(self, settings: UNITSettings, octaves: int) -> None:
         super().__init__()
-        self.settings, self.halvings = settings, octaves
+        self.settings, self.multiple = settings, 2**octaves
         n, norm, outer = settings.latent >> octaves, settings.norm, outer_norm(settings.norm)
-        self.head = conv_block(1, n, settings.head_kernel, outer, nn.ReLU())
-        self.down = nn.Sequential(*[DownBlock(n << i, n << i + 1, outer) for i in range(octaves)])
-        blocks = [ResidualBlock(settings.latent, norm) for _ in range(settings.blocks)]
-        self.blocks = nn.Sequential(*blocks)
-
-    @property
-    def min_size(self) -> int:
-        """Shortest side of an image: its latent must suffice for every mirror in a decoder."""
-        kernel = max(self.settings.up_kernel, self.settings.last_kernel)
-        return max(self.settings.head_kernel // 2 + 1, 2**self.halvings * (kernel // 2 + 1))
+        self.head = layers.conv_block(1, n, settings.head_kernel, outer, nn.ReLU())
+        downs = [layers.DownBlock(n << i, n << i + 1, outer) for i in range(octaves)]
+        self.down = nn.Sequential(*downs)
+        n = settings.latent
+        self.blocks = nn.Sequential(*[ResidualBlock(n, norm) for _ in range(settings.blocks)])
+        # the latent must suffice for every mirror in a decoder
+        latent = max(settings.up_kernel, settings.last_kernel) // 2 + 1
+        self.min_size = max(settings.head_kernel // 2 + 1, self.multiple * latent)
 
     def forward(self, image: Tensor) -> Tensor:
         """Encode (b, 1, h, w) in [−1, 1] as (b, latent, h/2^octaves, w/2^octaves), no noise."""
-        check_image("image", image, min_size=self.min_size, multiple=2**self.halvings)
+        check_image("image", image, min_size=self.min_size, multiple=self.multiple)
         return self.blocks(self.down(self.head(image)))
 
 
@@ -115,12 +98,9 @@ class Decoder(Network):
         self.settings = settings
         n, norm, kernel = settings.latent, settings.norm, settings.last_kernel
         self.blocks = nn.Sequential(*[ResidualBlock(n, norm) for _ in range(settings.blocks)])
-        self.up = up_blocks(n, octaves, settings.up_kernel, outer_norm(norm))
-        self.last: nn.Module
-        if octaves:
-            self.last = FoldedConvolution(n >> octaves, kernel)
-        else:
-            self.last = LastConvolution(n, 1, kernel)
+        self.up = layers.up_blocks(n, octaves, settings.up_kernel, outer_norm(norm))
+        folded, plain = layers.FoldedConvolution, layers.LastConvolution
+        self.last = folded(n >> octaves, kernel) if octaves else plain(n, 1, kernel)
 
     def forward(self, latent: Tensor) -> Tensor:
         """Decode (b, latent, h, w) as images (b, 1, h·2^octaves, w·2^octaves) in [−1, 1].
@@ -140,23 +120,24 @@ class UNITNetworks(NamedTuple):
     decode_y: Decoder
 
 
+@torch.no_grad()
 def build_unit(settings: UNITSettings, generator: torch.Generator | None = None) -> UNITNetworks:
     """Build UNIT's four networks, their weights drawn from a generator or seed 0 (R13)."""
     generator = generator or torch.Generator().manual_seed(0)
-    grids = settings.halvings_x, settings.halvings_y
-    networks: list[Any] = []
-    for kind, octaves in product((Encoder, Decoder), grids):
-        net = drawn(partial(kind, octaves=octaves), settings, generator)
-        with torch.no_grad():
-            for m in net.modules():
-                if settings.norm == "instance" and isinstance(m, nn.Conv2d):
-                    m.weight.mul_(math.sqrt(2 / m.weight[0].numel()) / 0.02)  # He's, not R12's
-            if isinstance(net, Decoder):  # start within the linear part of tanh
-                weight = net.last.get_parameter("weight")
-                weight.normal_(0, 0.1 * weight[0].numel() ** -0.5, generator=generator)
-        to_channels_last(net)
-        networks.append(net)
-    return UNITNetworks(*networks)
+    x, y = settings.halvings_x, settings.halvings_y
+    with torch.random.fork_rng(devices=[]):  # torch's global generator stays as it is
+        encoders = Encoder(settings, x), Encoder(settings, y)
+        nets = UNITNetworks(*encoders, Decoder(settings, x), Decoder(settings, y))
+    for net in nets:
+        layers.initialise(net, norm=settings.norm, generator=generator)
+        for m in net.modules():
+            if settings.norm == "instance" and isinstance(m, nn.Conv2d):
+                m.weight.mul_(math.sqrt(2 / m.weight[0].numel()) / 0.02)  # He's, not R12's
+        if isinstance(net, Decoder):  # start within the linear part of tanh
+            weight = net.last.weight
+            weight.normal_(0, 0.1 * weight[0].numel() ** -0.5, generator=generator)
+        layers.to_channels_last(net)
+    return nets
 
 # %% ../../nbs/2_networks/04_unit.ipynb #10a092b5
 class UNITGenerator(G1):
@@ -173,20 +154,20 @@ class UNITGenerator(G1):
         self.encoder = networks.encode_x if networks else Encoder(settings, settings.halvings_x)
         self.decoder = networks.decode_y if networks else Decoder(settings, settings.halvings_y)
 
-    @classmethod
-    def build(cls, settings: UNITSettings, generator: torch.Generator | None = None) -> Self:
-        """Build it with fresh weights, those of the four networks."""
-        return cls(settings, build_unit(settings, generator))
-
     @property
     def min_size(self) -> int:
         """Shortest side of a patch."""
         return -(-self.encoder.min_size // self.settings.enlarged)
 
+    @classmethod
+    def build(cls, settings: UNITSettings, generator: torch.Generator | None = None) -> Self:
+        """Build it with fresh weights, those of the four networks."""
+        return cls(settings, build_unit(settings, generator))
+
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         check_image("x", x, min_size=self.min_size)
         s = self.settings
-        image = enlarge_and_pad(x, s.enlarged, 2**s.halvings_x)
+        image = layers.enlarge_and_pad(x, s.enlarged, self.encoder.multiple)
         h, w = (side * s.scale for side in x.shape[2:])
         return self.decoder(self.encoder(image)).to(x.dtype)[..., :h, :w]
 
@@ -194,4 +175,4 @@ class UNITGenerator(G1):
         """List what `forward` does."""
         s, e, d = self.settings, self.encoder, self.decoder
         body = [e.head, e.down, e.blocks, d.blocks, d.up, d.last]
-        return [Enlarge(s.enlarged), PadTo(2**s.halvings_x), *body, CropTo(s.scale), nn.Tanh()]
+        return [Enlarge(s.enlarged), PadTo(e.multiple), *body, CropTo(s.scale), nn.Tanh()]

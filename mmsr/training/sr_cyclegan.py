@@ -25,7 +25,7 @@ from mmsr.losses.mmsr import (
     mmsr_loss,
     mmsr_terms_on_small_grid,
 )
-from ..networks.discriminators import PatchDiscriminator, build_discriminator
+from ..networks.discriminators import PatchDiscriminator
 from mmsr.networks.generators import (
     G1,
     DownsamplingGenerator,
@@ -174,8 +174,8 @@ def networks_of(settings: SRCycleGANSettings) -> Networks:
     return Networks(
         build_g1(settings.g1, weights_generator(settings.seed, "g1")),
         build_g2(settings.g2, weights_generator(settings.seed, "g2")),
-        build_discriminator(settings.d_x, weights_generator(settings.seed, "d_x")),
-        build_discriminator(settings.d_y, weights_generator(settings.seed, "d_y")),
+        PatchDiscriminator.build(settings.d_x, weights_generator(settings.seed, "d_x")),
+        PatchDiscriminator.build(settings.d_y, weights_generator(settings.seed, "d_y")),
     )
 
 

@@ -23,7 +23,7 @@ from mmsr.losses.gan import (
     reconstruction_loss,
 )
 from ..losses.mmsr import MMSRTerms, mmsr_loss, mmsr_terms_on_small_grid
-from ..networks.discriminators import PatchDiscriminator, build_discriminator
+from ..networks.discriminators import PatchDiscriminator
 from mmsr.networks.unit import (
     Decoder,
     Encoder,
@@ -169,8 +169,8 @@ def networks_of(settings: SRUNITSettings) -> SRUNITNetworks:
     """Build the six networks with their first weights, on the CPU (R13)."""
     return SRUNITNetworks(
         *build_unit(settings.unit, weights_generator(settings.seed, "unit")),
-        build_discriminator(settings.d_x, weights_generator(settings.seed, "d_x")),
-        build_discriminator(settings.d_y, weights_generator(settings.seed, "d_y")),
+        PatchDiscriminator.build(settings.d_x, weights_generator(settings.seed, "d_x")),
+        PatchDiscriminator.build(settings.d_y, weights_generator(settings.seed, "d_y")),
     )
 
 # %% ../../nbs/4_training/08_sr_unit.ipynb #dcbc8fa7
