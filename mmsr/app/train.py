@@ -14,10 +14,9 @@ from typing import Any, Literal
 
 import pydantic
 import torch
-import yaml
 
-from .run_notebook import make_folder
-from ..core import FileError, MMSRError, SettingsError, write_json
+from .run_notebook import make_folder, read_yaml
+from ..core import MMSRError, SettingsError, write_json
 from ..data.patches import open_bank
 from ..scans.cases import NonEmpty, read_prepared
 from ..training.distributed import Precision, make_fabric, on_rank_zero
@@ -134,14 +133,7 @@ def train(settings: TrainSettings | Mapping[str, Any], *, progress: bool = True)
 # %% ../../nbs/8_app/03_train.ipynb #70e4b881
 def read_training(file: str | Path) -> TrainSettings:
     """Read a run's parameters (`TrainSettings`) from a YAML or JSON file."""
-    try:
-        values = yaml.safe_load(Path(file).read_text(encoding="utf8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        reason = e.strerror if isinstance(e, OSError) else "it is not YAML or JSON"
-        raise FileError(f"{file}: cannot be read ({reason})") from e
-    if not isinstance(values, Mapping):
-        raise SettingsError(f"{file}: expected names and values, got {type(values).__name__}")
-    return TrainSettings.read(values)
+    return TrainSettings.read(read_yaml(file))
 
 
 def launch_training(chosen: TrainSettings) -> None:

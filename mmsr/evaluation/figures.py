@@ -92,31 +92,22 @@ def side_by_side(
             f"most {LARGEST_PIXEL_MM:g} mm, pass the pixel size of the finest column"
         )
     side = min(max(round(crop_mm / clinical_mm), 1), *grid)
-    places = places or {"detail": _detail_of(first, side)}
-    figure, axes = plt.subplots(
-        len(places),
-        len(images),
-        figsize=(panel_in * len(images) + 0.3, panel_in * len(places) + 0.8),
-        dpi=80,
-        squeeze=False,
-        layout="constrained",
-    )
+    if places is None:
+        z = len(first) // 2 if len(np.shape(first)) == 3 else 0
+        top, left = _busiest(_plane("", first, "", (z, 0, 0), grid), side)
+        places = {"detail": (z, top + side // 2, left + side // 2)}
+    size_in = (panel_in * len(images) + 0.3, panel_in * len(places) + 0.8)
+    figure, axes = _panels(len(places), len(images), size_in, f"{title}; {_range_hu(window)}")
     for row, (place, position) in zip(axes, places.items(), strict=True):
-        corner = [
-            min(max(p - side // 2, 0), size - side)
-            for p, size in zip(position[-2:], grid, strict=True)
-        ]
+        corner = np.clip(np.subtract(position[-2:], side // 2), 0, np.subtract(grid, side))
         for ax, (name, image) in zip(row, images.items(), strict=True):
             top, left, length = (ratios[name] * v for v in (*corner, side))
             plane = _plane(name, image, place, position, grid)
-            _draw(ax, plane[top : top + length, left : left + length], window)
-            if ax is row[0]:
-                ax.set_ylabel(place, fontsize=11)
-                add_scale_bar(ax, clinical_mm / ratios[name], length)
+            pixel_mm = clinical_mm / ratios[name] if ax is row[0] else None
+            _draw(ax, plane[top : top + length, left : left + length], window, pixel_mm)
             if ax in axes[0]:
                 ax.set_title(textwrap.fill(name, max(int(10 * panel_in), 8)), fontsize=10)
-    figure.suptitle(f"{title}; {_range_hu(window)}", fontsize=11)
-    plt.close(figure)  # the caller shows it: otherwise a notebook draws it twice
+        row[0].set_ylabel(place, fontsize=11)
     return figure
 
 # %% ../../nbs/7_evaluation/03_figures.ipynb #bd3199f6
@@ -137,12 +128,32 @@ def _range_hu(window: tuple[float, float]) -> str:
     return f"{window[0]:g} … {window[1]:g} HU".replace("-", "−")
 
 
+def _panels(
+    rows: int, columns: int, size_in: tuple[float, float], title: str
+) -> tuple[Figure, np.ndarray]:
+    """Make a figure of empty panels; the caller shows it, otherwise a notebook draws it twice."""
+    figure = plt.figure(figsize=size_in, dpi=80, layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    plt.close(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
 def _draw(
-    ax: Any, image: np.ndarray, window: tuple[float, float], interpolation: str | None = "nearest"
-) -> None:
-    """Draw an image in grey, each pixel a flat square."""
-    ax.imshow(image, cmap="gray", vmin=window[0], vmax=window[1], interpolation=interpolation)
+    ax: Any,
+    image: np.ndarray,
+    window: tuple[float, float],
+    pixel_mm: float | None,
+    title: str = "",
+    **how: Any,
+) -> Any:
+    """Draw an image, each pixel a flat square, and a scale bar if the pixels have a size."""
+    how = {"cmap": "gray", "interpolation": "nearest", **how}
+    shown = ax.imshow(image, vmin=window[0], vmax=window[1], **how)
     ax.set(xticks=[], yticks=[])
+    ax.set_title(title, fontsize=10)
+    if pixel_mm is not None:
+        add_scale_bar(ax, pixel_mm, image.shape[1])
+    return shown
 
 
 def _ratio(name: str, shape: tuple[int, ...], grid: tuple[int, ...]) -> int:
@@ -170,19 +181,12 @@ def _plane(
     return np.asarray(image[position[0]])
 
 
-def _detail_of(image: np.ndarray, side: int) -> tuple[int, int, int]:
-    """Find the middle of a detail worth showing in the middle slice."""
-    z = len(image) // 2 if len(np.shape(image)) == 3 else 0
-    top, left = _busiest(np.asarray(image[z] if len(np.shape(image)) == 3 else image), side)
-    return z, top + side // 2, left + side // 2
-
-
 def _busiest(low: np.ndarray, side: int) -> tuple[int, int]:
     """Find a detail worth showing: nearly all lung, with much in it; else the middle."""
-    aerated = (low > -980) & (low < -500)
+    aerated, step = (low > -980) & (low < -500), max(side // 4, 1)
     best, where = 0.0, ((low.shape[0] - side) // 2, (low.shape[1] - side) // 2)
-    for top in range(0, low.shape[0] - side + 1, max(side // 4, 1)):
-        for left in range(0, low.shape[1] - side + 1, max(side // 4, 1)):
+    for top in range(0, low.shape[0] - side + 1, step):
+        for left in range(0, low.shape[1] - side + 1, step):
             cut = (slice(top, top + side), slice(left, left + side))
             score = float(aerated[cut].mean() > 0.75) * float(np.clip(low[cut], -1000, 100).std())
             if score > best:
@@ -214,29 +218,23 @@ def consistency_figure(
     values = np.abs(np.asarray(consistency_hu, np.float64))
     if values.ndim != 2 or not values.size:
         raise ShapeError(f"consistency_hu: expected a slice (h, w), got {values.shape}")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8.2, 3.6), dpi=80, layout="constrained")
-    shown = _draw_consistency(left, values, spacing_mm, limit_hu)
-    figure.colorbar(shown, ax=left, shrink=0.85, extend="max", label="HU")
+    figure, ((left, right),) = _panels(1, 2, (8.2, 3.6), title)
+    _draw_consistency(figure, left, values, spacing_mm, limit_hu)
     right.hist(np.minimum(values.ravel(), limit_hu), bins=50, range=(0, limit_hu), color="0.35")
-    for value, style, name in (
-        (values.mean(), "-", "mean"),
-        (np.percentile(values, 95), "--", "95 %"),
-    ):
+    lines = ("mean", "-", values.mean()), ("95 %", "--", np.percentile(values, 95))
+    for name, style, value in lines:
         right.axvline(min(value, limit_hu), ls=style, color="C3", label=f"{name}: {value:.1f} HU")
     right.set(yscale="log", xlabel="|f(SR) − input|, HU", ylabel="clinical pixels")
     right.legend(fontsize=9)
-    figure.suptitle(title, fontsize=11)
-    plt.close(figure)
     return figure
 
 
-def _draw_consistency(ax: Any, values: np.ndarray, spacing_mm: float, limit_hu: float) -> Any:
-    """Draw the map into `ax`."""
-    shown = ax.imshow(values, cmap="magma", vmin=0, vmax=limit_hu, interpolation="nearest")
-    ax.set(xticks=[], yticks=[])
-    ax.set_title("|f(SR) − input|", fontsize=10)
-    add_scale_bar(ax, spacing_mm, values.shape[1])
-    return shown
+def _draw_consistency(
+    figure: Figure, ax: Any, values: np.ndarray, spacing_mm: float, limit_hu: float = 100.0
+) -> None:
+    """Draw the map into a panel, and its colours beside it."""
+    shown = _draw(ax, values, (0, limit_hu), spacing_mm, "|f(SR) − input|", cmap="magma")
+    figure.colorbar(shown, ax=ax, shrink=0.8, extend="max", label="HU")
 
 
 def overview(volume: Volume, one: SRSlice, *, title: str = "", panel_in: float = 3.4) -> Figure:
@@ -273,18 +271,13 @@ def overview(volume: Volume, one: SRSlice, *, title: str = "", panel_in: float =
         (low[detail], "detail, input", step),
         (high[fine], "detail, SR", step / scale),
     ]
-    size_in = (panel_in * 4, panel_in + 0.5)
-    figure, axes = plt.subplots(1, 4, figsize=size_in, dpi=80, layout="constrained")
+    title = f"{title}; {_range_hu(LUNG_WINDOW)}. {RESEARCH_ONLY}"
+    figure, (axes,) = _panels(1, 4, (panel_in * 4, panel_in + 0.5), title)
     for ax, (image, name, pixel_mm) in zip(axes, panels, strict=False):
-        _draw(ax, image, LUNG_WINDOW, None)
-        ax.set_title(name, fontsize=10)
-        add_scale_bar(ax, pixel_mm, image.shape[1])
+        _draw(ax, image, LUNG_WINDOW, pixel_mm, name, interpolation=None)
     frame = plt.Rectangle((left * half, top * half), side * half, side * half, fill=False, ec="C1")
     axes[0].add_patch(frame)
-    shown = _draw_consistency(axes[3], np.abs(one.consistency), step, 100.0)
-    figure.colorbar(shown, ax=axes[3], shrink=0.7, extend="max", label="HU")
-    figure.suptitle(f"{title}; {_range_hu(LUNG_WINDOW)}. {RESEARCH_ONLY}", fontsize=11)
-    plt.close(figure)
+    _draw_consistency(figure, axes[3], np.abs(one.consistency), step)
     return figure
 
 # %% ../../nbs/7_evaluation/03_figures.ipynb #bf92fb99
@@ -317,28 +310,18 @@ def training_curves(
     if not steps.size:
         raise RangeError("history: expected a step column with at least one row, got none")
     panels = {name: names for name, names in _loss_panels(table).items() if names}
-    figure, axes = plt.subplots(
-        1,
-        len(panels),
-        figsize=(2.9 * len(panels), 2.6),
-        dpi=80,
-        squeeze=False,
-        layout="constrained",
-    )
+    figure, (axes,) = _panels(1, len(panels), (2.9 * len(panels), 2.6), title)
     width = max(min(smooth, steps.size // 4), 1)
-    for ax, (panel, names) in zip(axes[0], panels.items(), strict=True):
+    for ax, (panel, names) in zip(axes, panels.items(), strict=True):
         for number, name in enumerate(names):
-            values = np.asarray(table[name], float)
+            values, colour = np.asarray(table[name], float), f"C{number % 10}"
             smoothed = np.convolve(values, np.ones(width) / width, "valid")
-            ax.plot(steps, values, color=f"C{number % 10}", lw=0.5, alpha=0.3)
+            ax.plot(steps, values, color=colour, lw=0.5, alpha=0.3)
             middle = steps[(width - 1) // 2 :][: smoothed.size]
-            ax.plot(middle, smoothed, color=f"C{number % 10}", lw=1.5, label=name.replace("_", " "))
+            ax.plot(middle, smoothed, color=colour, lw=1.5, label=name.replace("_", " "))
         ax.set_title(panel, fontsize=10)
-        ax.set_xlabel("step")
-        ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
+        ax.set(xlabel="step", ylim=(min(0, ax.get_ylim()[0]), None))
         ax.legend(fontsize=8)
-    figure.suptitle(title, fontsize=11)
-    plt.close(figure)
     return figure
 
 

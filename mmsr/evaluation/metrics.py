@@ -23,23 +23,18 @@ from ..inference.sr_slices import enlarge_bicubic
 def _same_shape(image: np.ndarray, truth: np.ndarray, data_range: float) -> None:
     """Refuse two images that cannot be compared pixel by pixel."""
     if np.shape(image) != np.shape(truth) or np.ndim(image) != 2:
-        raise ShapeError(
-            f"image and truth: expected two 2-D arrays of one shape, "
-            f"got {np.shape(image)} and {np.shape(truth)}"
-        )
+        both = f"{np.shape(image)} and {np.shape(truth)}"
+        raise ShapeError(f"image and truth: expected two 2-D arrays of one shape, got {both}")
     if not (np.isfinite(data_range) and data_range > 0):
-        raise RangeError(
-            f"data_range: expected a positive number in the images' unit, got {data_range}"
-        )
+        raise RangeError(f"data_range: expected more than 0 in the images' unit, got {data_range}")
 
 
 def psnr(image: np.ndarray, truth: np.ndarray, *, data_range: float) -> float:
     """Compute the peak signal-to-noise ratio, dB, of two images (h, w) in one unit."""
     _same_shape(image, truth, data_range)
+    pair = np.float64(truth), np.float64(image)
     with np.errstate(divide="ignore"):  # of two equal images it is infinite
-        return float(
-            peak_signal_noise_ratio(np.float64(truth), np.float64(image), data_range=data_range)
-        )
+        return float(peak_signal_noise_ratio(*pair, data_range=data_range))
 
 
 def ssim(image: np.ndarray, truth: np.ndarray, *, data_range: float) -> float:
@@ -47,12 +42,8 @@ def ssim(image: np.ndarray, truth: np.ndarray, *, data_range: float) -> float:
     _same_shape(image, truth, data_range)
     if min(np.shape(image)) < 11:
         raise ShapeError(f"image: expected at least 11 by 11 for SSIM, got {np.shape(image)}")
-    window: dict[str, Any] = {
-        "gaussian_weights": True,
-        "sigma": 1.5,
-        "use_sample_covariance": False,
-    }
     pair = np.float64(truth), np.float64(image)
+    window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     return float(structural_similarity(*pair, data_range=data_range, **window))
 
 # %% ../../nbs/7_evaluation/01_metrics.ipynb #5601fdb9
@@ -92,21 +83,20 @@ class Spectrum(NamedTuple):
 
     frequency: np.ndarray  # cycles per pixel, 0 to 1/2
     power: np.ndarray  # squared unit of the image; white noise of sd s has s² everywhere
-    patches: int  # how many patches were averaged
 
 
 def spectrum(image: np.ndarray, *, patch: int = 64, mask: np.ndarray | None = None) -> Spectrum:
     """Compute the radial power spectrum of an image (h, w) from Hann-windowed patches."""
-    power, count = _power(image, patch, mask)
+    power = _power(image, patch, mask)
     frequency = np.fft.fftfreq(patch)
     ring = np.rint(np.hypot(frequency[:, None], frequency) * patch).astype(int).ravel()
     keep = patch // 2 + 1
     mean = (np.bincount(ring, power.ravel()) / np.bincount(ring))[:keep]
-    return Spectrum(np.arange(keep) / patch, mean, count)
+    return Spectrum(np.arange(keep) / patch, mean)
 
 
-def _power(image: np.ndarray, patch: int, mask: np.ndarray | None) -> tuple[np.ndarray, int]:
-    """Average the power of the patches at each frequency of `fft2`; count the patches."""
+def _power(image: np.ndarray, patch: int, mask: np.ndarray | None) -> np.ndarray:
+    """Average the power of the patches at each frequency of `fft2`."""
     image = np.asarray(image, np.float64)
     if image.ndim != 2 or min(image.shape) < patch:
         raise ShapeError(f"image: expected at least {patch} by {patch} pixels, got {image.shape}")
@@ -123,26 +113,17 @@ def _power(image: np.ndarray, patch: int, mask: np.ndarray | None) -> tuple[np.n
             total += (np.abs(np.fft.fft2(cut)) ** 2).sum(0)
             count += len(row)
     if not count:
-        raise RangeError(
-            f"mask: no patch of {patch} by {patch} pixels lies in it; enlarge the mask or pass none"
-        )
-    return total / count / (taper**2).sum(), count
+        raise RangeError(f"mask: no patch of {patch} by {patch} pixels lies in it; enlarge it")
+    return total / count / (taper**2).sum()
 
 
 def spectrum_error_db(
-    image: np.ndarray,
-    reference: np.ndarray,
-    *,
-    scale: int = 8,
-    patch: int = 64,
-    mask: np.ndarray | None = None,
-    reference_mask: np.ndarray | None = None,
+    image: np.ndarray, reference: np.ndarray, *, scale: int = 8, mask: np.ndarray | None = None
 ) -> float:
     """Compare two textures above the clinical Nyquist frequency: mean |log power ratio|, dB."""
-    ours = spectrum(image, patch=patch, mask=mask)
-    theirs = spectrum(reference, patch=patch, mask=reference_mask).power
+    ours, theirs = (spectrum(one, mask=mask) for one in (image, reference))
     rounding = 1 / 12  # variance of rounding to whole numbers
-    gap = 10 * np.log10((ours.power + rounding) / (theirs + rounding))
+    gap = 10 * np.log10((ours.power + rounding) / (theirs.power + rounding))
     return float(np.abs(gap[ours.frequency >= 1 / (2 * scale)]).mean())
 
 # %% ../../nbs/7_evaluation/01_metrics.ipynb #a1e6ad66
@@ -150,7 +131,7 @@ def grid_db(
     image: np.ndarray, *, scale: int = 8, patch: int = 64, mask: np.ndarray | None = None
 ) -> float:
     """Measure the pattern that repeats at every clinical pixel: its power over its surround, dB."""
-    power = np.fft.fftshift(_power(image, patch, mask)[0]) + 1 / 12  # of rounding, as above
+    power = np.fft.fftshift(_power(image, patch, mask)) + 1 / 12  # of rounding, as above
     power = np.pad(power, 3, mode="wrap")  # so that the highest frequency has neighbours, too
     centre, half = 3 + patch // 2, scale // 2
     places = [centre + patch // scale * k for k in range(-half, half)]
@@ -204,18 +185,16 @@ def regions(
     masks: Mapping[str, np.ndarray], *, spacing_mm: float, scale: int = 8, near_mm: float = 1.5
 ) -> Regions:
     """Derive the regions of the table from masks [8h, 8w]; empty where one is missing."""
-    lung = np.asarray(masks["lung"], bool)
-    solid = np.zeros_like(lung)
-    for name in ("vessel", "bronchus", "tumour"):
-        solid |= np.asarray(masks.get(name, solid), bool)
-    bronchus = np.asarray(masks.get("bronchus", np.zeros_like(lung)), bool)
-    near = np.zeros_like(lung)
+    none = np.zeros(np.shape(masks["lung"]), bool)
+    names = ("lung", "vessel", "bronchus", "tumour")
+    lung, vessel, bronchus, tumour = (np.asarray(masks.get(name, none), bool) for name in names)
+    near = none
     if bronchus.any():
-        near = (ndimage.distance_transform_edt(~bronchus, spacing_mm) <= near_mm) & lung
-        near &= ~np.asarray(masks.get("tumour", np.zeros_like(lung)), bool)
+        near = ndimage.distance_transform_edt(~bronchus, spacing_mm) <= near_mm
+    solid = vessel | bronchus | tumour
     whole_blocks = block_mean(lung.astype(np.float32), scale) == 1
     free = block_mean(solid.astype(np.float32), scale) == 0
-    return Regions(lung, whole_blocks, whole_blocks & free, near)
+    return Regions(lung, whole_blocks, whole_blocks & free, near & lung & ~tumour)
 
 # %% ../../nbs/7_evaluation/01_metrics.ipynb #dd16b789
 def measure_slice(
@@ -259,42 +238,35 @@ def measure_slice(
         NaN in the columns that need a truth when there is none.
     """
     where = regions(masks, spacing_mm=spacing_mm, scale=scale)
+    inside, blocks = where.lung, where.lung_clinical
     means = block_mean(sr_hu, scale)
-    error = np.abs(means - clinical_hu)[where.lung_clinical]
-    values: dict[str, float] = {
-        "corr_clinical": correlation(means, clinical_hu, where.lung_clinical),
-        "corr_parenchyma": correlation(means, clinical_hu, where.parenchyma),
-        "hu_error": float(error.mean()) if error.size else float("nan"),
-        "grid_db": _or_nan(lambda: grid_db(sr_hu, scale=scale, mask=where.lung)),
-    }
+    error = np.abs(means - clinical_hu)[blocks]
+    values: dict[str, Any] = dict.fromkeys(Measures._fields, float("nan"))
+    values |= {"method": method, "tile": tile, "data_range": data_range}
+    values["corr_clinical"] = correlation(means, clinical_hu, blocks)
+    values["corr_parenchyma"] = correlation(means, clinical_hu, where.parenchyma)
+    values["hu_error"] = float(error.mean()) if error.size else float("nan")
+    lung: dict[str, Any] = {"scale": scale, "mask": inside}
+    values["grid_db"] = _or_nan(grid_db, sr_hu, **lung)
     if truth_hu is not None:
         _same_shape(sr_hu, truth_hu, data_range)
-        inside = where.lung
         matched = moment_matched(sr_hu, truth_hu, inside)
-        values |= {
-            "corr_bronchi": correlation(sr_hu, truth_hu, where.near_bronchi),
-            "corr_detail": correlation(
-                band_split(sr_hu, scale)[1], band_split(truth_hu, scale)[1], inside
-            ),
-            "psnr_matched": psnr(
-                matched[inside][None], np.asarray(truth_hu)[inside][None], data_range=data_range
-            ),
-            "spectrum_error_db": _or_nan(
-                lambda: spectrum_error_db(
-                    sr_hu, truth_hu, scale=scale, mask=inside, reference_mask=inside
-                )
-            ),
-            "psnr": psnr(sr_hu, truth_hu, data_range=data_range),
-            "ssim": ssim(sr_hu, truth_hu, data_range=data_range),
-        }
-    empty = dict.fromkeys(Measures._fields[2:-1], float("nan"))
-    return Measures(method=method, tile=tile, data_range=data_range, **(empty | values))
+        in_lung = matched[inside][None], np.asarray(truth_hu)[inside][None]
+        pair = sr_hu, truth_hu
+        fine, true_fine = (band_split(hu, scale)[1] for hu in pair)
+        values["corr_bronchi"] = correlation(*pair, where.near_bronchi)
+        values["corr_detail"] = correlation(fine, true_fine, inside)
+        values["psnr_matched"] = psnr(*in_lung, data_range=data_range)
+        values["spectrum_error_db"] = _or_nan(spectrum_error_db, *pair, **lung)
+        values["psnr"] = psnr(*pair, data_range=data_range)
+        values["ssim"] = ssim(*pair, data_range=data_range)
+    return Measures(**values)
 
 
-def _or_nan(measure: Callable[[], float]) -> float:
+def _or_nan(measure: Callable[..., float], *images: np.ndarray, **how: Any) -> float:
     """Give NaN where no patch lies in the lung, as in slices below and above it."""
     try:
-        return measure()
+        return measure(*images, **how)
     except RangeError:
         return float("nan")
 

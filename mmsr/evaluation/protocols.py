@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SuperResolveSettings', 'EvaluateSettings', 'find_weights', 'cases_to_super_resolve', 'measure', 'Model',
-           'open_models', 'columns_of', 'measure_case', 'describe_models', 'finite']
+           'open_models', 'columns_of', 'measure_case', 'describe_model', 'finite']
 
 # %% ../../nbs/7_evaluation/02_protocols.ipynb #5cdc6bb7
 import math
@@ -213,33 +213,28 @@ def measure_case(case: Case, models: Sequence[Model]) -> list[Measures]:
     ]
 
 # %% ../../nbs/7_evaluation/02_protocols.ipynb #575e0a4d
-def describe_models(models: Sequence[Model]) -> list[dict[str, Any]]:
-    """Say for each model what was trained, on what and for how long."""
-    rows = []
-    for model in models:
-        card = model.facts["weights"]
-        training, g1 = card["training"], card["g1"]
-        network = g1.get("kind", "pixel_shuffle")
-        if "blocks" in g1:
-            network += f", {g1.get('latent', g1.get('channels'))} x {g1['blocks']}"
-        rows.append(
-            {
-                "label": model.label,
-                "method": card["method"],
-                "steps": training["steps"],
-                "pairs a step": training["batch_size"],
-                "hardware": training["device"],
-                "precision": training.get("precision", "32-true"),
-                "G1, channels x blocks": network,
-                "input": "enlarged (R14b)" if g1.get("enlarged", 1) > 1 else "as it is",
-                "long skip": "yes (R19)" if g1.get("skip") else "no",
-                "noise": "yes" if g1.get("noise") else "no",
-                "norm": g1.get("norm", "-"),
-                "EMA": training.get("settings", {}).get("ema", 0.0),
-                "trained on": card["data"].split(":")[0],
-            }
-        )
-    return rows
+def describe_model(model: Model) -> dict[str, Any]:
+    """Say what was trained, on what and for how long."""
+    card = model.facts["weights"]
+    training, g1 = card["training"], card["g1"]
+    network = g1.get("kind", "pixel_shuffle")
+    if "blocks" in g1:
+        network += f", {g1.get('latent', g1.get('channels'))} x {g1['blocks']}"
+    return {
+        "label": model.label,
+        "method": card["method"],
+        "steps": training["steps"],
+        "pairs a step": training["batch_size"],
+        "hardware": training["device"],
+        "precision": training.get("precision", "32-true"),
+        "G1, channels x blocks": network,
+        "input": "enlarged (R14b)" if g1.get("enlarged", 1) > 1 else "as it is",
+        "long skip": "yes (R19)" if g1.get("skip") else "no",
+        "noise": "yes" if g1.get("noise") else "no",
+        "norm": g1.get("norm", "-"),
+        "EMA": training.get("settings", {}).get("ema", 0.0),
+        "trained on": card["data"].split(":")[0],
+    }
 
 
 def finite(row: Mapping[str, Any]) -> dict[str, Any]:
