@@ -22,7 +22,7 @@ from ..data.windows import CLINICAL_WINDOW
 from .metrics import Measures, mean_measures, measure_slice
 from ..inference.sr_slices import enlarge_bicubic
 from ..networks.weights import BUNDLED
-from ..scans.cases import Case, NonEmpty, expand_paths, prepared_cases
+from ..scans.cases import Case, NonEmpty, paths_of, prepared_cases
 from ..scans.read import read_volume
 
 # %% ../../nbs/7_evaluation/02_protocols.ipynb #ea9021a5
@@ -61,7 +61,7 @@ class EvaluateSettings(Settings):
 # %% ../../nbs/7_evaluation/02_protocols.ipynb #4f99b925
 def find_weights(name: str) -> Path:
     """Locate a weights file: a path, or ``"bundled"`` for those that come with the package."""
-    return BUNDLED if name == "bundled" else expand_paths(name)[0]
+    return BUNDLED if name == "bundled" else paths_of(name)[0]
 
 
 def cases_to_super_resolve(settings: SuperResolveSettings) -> Iterator[Case]:
@@ -69,7 +69,7 @@ def cases_to_super_resolve(settings: SuperResolveSettings) -> Iterator[Case]:
     if settings.prepared is not None:
         yield from prepared_cases(settings.prepared)
         return
-    volume = read_volume(expand_paths(settings.scan)[0], slices=settings.slices)
+    volume = read_volume(paths_of(settings.scan)[0], slices=settings.slices)
     mask = lung_mask(volume) if settings.lung_only else np.ones(volume.array.shape, bool)
     yield Case("scan", volume, mask, "patient data")
 
