@@ -7,7 +7,6 @@ __all__ = ['app', 'PATIENCE_S', 'super_resolve', 'info', 'run', 'train_from_file
            'demo', 'version', 'main']
 
 # %% ../../nbs/8_app/06_cli.ipynb #6689188e
-import importlib
 import json
 import os
 import subprocess
@@ -17,23 +16,12 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import pydantic
 import yaml
 from typer import Argument, Option, Typer, echo
 
 from .run_notebook import experiments_folder, make_folder, read_yaml, run_experiment
-from mmsr.core import (
-    RESEARCH_ONLY,
-    FileError,
-    MMSRError,
-    ResourceError,
-    SettingsError,
-    atomic_write,
-    available_memory,
-    environment,
-)
-from ..data.volume import Volume
+from ..core import RESEARCH_ONLY, FileError, MMSRError, SettingsError, atomic_write, environment
 from ..scans.output_plan import is_stamped, unfinished
 from ..scans.read import read_mask, read_volume
 from ..scans.scan_summary import info_picture, info_text, scan_info
@@ -45,11 +33,6 @@ app = Typer(
     no_args_is_help=True,
     help="Unpaired 8x super-resolution of clinical lung CT towards micro-CT. " + RESEARCH_ONLY,
 )
-
-
-@app.callback()
-def _commands() -> None:  # makes typer expect a command's name, however few there are
-    pass
 
 
 def _pair(text: str, between: str) -> tuple[int, int]:
@@ -93,23 +76,6 @@ def _refuse_existing(paths: list[Path]) -> None:
     """Refuse to replace what is there."""
     if paths:
         raise FileError(f"{paths[0]}: exists already; add --overwrite to replace it")
-
-
-def _inside(volume: Volume, scan: Path, mask: Path | None, lung_only: bool) -> np.ndarray | None:
-    """Read the mask that was named, or find the lung; None for the whole scan."""
-    from mmsr.data.masks import lung_mask
-
-    if mask is not None:
-        return read_mask(mask, volume)
-    if not lung_only:
-        return None
-    need = 11 * volume.array.size  # bytes for each voxel, measured
-    if need > available_memory():
-        raise ResourceError(
-            f"{scan}: its lung mask needs {need / 1e9:.1f} GB of memory, more than there is; "
-            "give a --mask, or some --slices at a time"
-        )
-    return lung_mask(volume._replace(array=np.asarray(volume.array)))
 
 # %% ../../nbs/8_app/06_cli.ipynb #bc3e7699
 def _super_resolve(job: Any, out: Path, picture: Path, share: tuple[int, int], drawn: bool) -> None:
@@ -179,7 +145,7 @@ def super_resolve(
     A job that was stopped goes on when the same command is given again; one that is finished is
     said to be. A picture that cannot be written is no failure of the job.
     """
-    from mmsr.evaluation.protocols import find_weights
+    from mmsr.evaluation.protocols import find_lung, find_weights
     from mmsr.inference.scan_job import ScanTargets, plan_scan, time_one_slice
     from mmsr.inference.sr_slices import SROptions
     from mmsr.networks.weights import load_generator
@@ -201,7 +167,9 @@ def super_resolve(
     volume = read_volume(scan, slices=wanted, lazy=True, **how)
     if RESEARCH_ONLY in volume.notes and not force:
         raise FileError(f"{scan}: is itself super-resolved; give what it was made from, or --force")
-    inside = _inside(volume, scan, mask, lung_only)
+    inside = find_lung(volume) if lung_only and mask is None else None
+    if mask is not None:
+        inside = read_mask(mask, volume)
     job = plan_scan(volume, targets, g1, card, options, mask=inside, overwrite=overwrite)
     if job.finished:
         echo(f"{out}: {_FINISHED}")
@@ -288,9 +256,9 @@ def train_from_file(
     file: Annotated[Path, Argument(help="YAML or JSON with the parameters of `train`")],
 ) -> None:
     """Train without a notebook; under torchrun or srun on several devices."""
-    from mmsr.app.train import read_training, train
+    from mmsr.app.train import train
 
-    done = train(read_training(file))
+    done = train(read_yaml(file))
     if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
         state = "finished" if done.finished else "stopped, run again to go on"
         echo(f"{done.weights}: step {done.step}, {state}")
@@ -357,7 +325,7 @@ PATIENCE_S = 10  # the time that a failed process leaves to the first one to say
 @app.command()
 def version() -> None:
     """Print the versions that a report of an error should carry."""
-    importlib.import_module("torch")  # which knows the accelerator
+    import torch  # noqa: F401  (which knows the accelerator)
 
     echo(json.dumps(environment(), indent=1))
 

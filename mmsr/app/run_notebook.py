@@ -57,9 +57,6 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
     return values
 
 # %% ../../nbs/8_app/01_run_notebook.ipynb #3a266b07
-UNSTARTED = ("Kernel died before", "Kernel didn't respond")  # how jupyter_client begins to say it
-
-
 def run_experiment(name: str, output: str | Path, values: Mapping[str, Any]) -> Path:
     """Execute an experiment notebook with papermill.
 
@@ -126,6 +123,9 @@ def run_experiment(name: str, output: str | Path, values: Mapping[str, Any]) -> 
         reason = " ".join(str(e.evalue).split())[:300]
         raise MMSRError(f"{notebook.stem}: {e.ename}: {reason}; {running} shows where") from None
     return output
+
+# %% ../../nbs/8_app/01_run_notebook.ipynb #6b1f0a02
+UNSTARTED = ("Kernel died before", "Kernel didn't respond")  # how jupyter_client begins to say it
 
 
 def _execute(notebook: Path, running: Path, log: Path, values: Mapping[str, Any]) -> None:
