@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -298,13 +297,11 @@ def plan(
     except SettingsError as e:
         raise SettingsError(f"{file}: {e}") from None
     make_folder(out)
-    with tempfile.TemporaryFile("w+", encoding="utf8", errors="replace") as said:
-        # Jobs print to Snakemake's stdout: that is for people, here as elsewhere on stderr.
-        command = snakemake_command(file, out, cores)
-        failed = subprocess.run(command, stdout=2, stderr=said, check=False).returncode
-        said.seek(0)
-        reason = plan_failure(said.read())
-    if failed:
+    command = snakemake_command(file, out, cores)
+    # Jobs print to Snakemake's stdout: that is for people, here as elsewhere on stderr.
+    done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, errors="replace", check=False)
+    if done.returncode:
+        reason = plan_failure(done.stderr)
         raise MMSRError(f"{out}: the plan was not finished: {reason}; run again to go on")
     echo(f"report: {out / 'report.html'}")
 

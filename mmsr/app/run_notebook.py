@@ -94,9 +94,7 @@ def run_experiment(name: str, output: str | Path, values: Mapping[str, Any]) -> 
         raise SettingsError(f"{name}: no such experiment; known are {known}, or name a notebook")
     known = ", ".join(names := papermill.inspect_notebook(notebook))
     if unknown := sorted(set(values) - set(names)):
-        raise SettingsError(
-            f"{unknown[0]}: unknown parameter of {notebook.stem}; known are {known}"
-        )
+        raise SettingsError(f"{unknown[0]}: unknown parameter of {name}; known are {known}")
     output = Path(output)
     if output.suffix != ".ipynb" or output.is_dir():
         raise FileError(f"{output}: expected the name of a notebook to write, NAME.ipynb")

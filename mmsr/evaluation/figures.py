@@ -75,12 +75,9 @@ def side_by_side(
     volumes = {name: column for name, column in columns.items() if isinstance(column, Volume)}
     images = {name: c.array if isinstance(c, Volume) else c for name, c in columns.items()}
     title = title or next(map(_whose, volumes.values()), "")
-    _check_title(title)
     if not 1 <= len(images) <= 7 or (places is not None and not places):
-        raise SettingsError(
-            f"columns: expected 1 to 7 columns and 1 place or more, got {len(images)} and "
-            f"{len(places or ())}; draw a second figure"
-        )
+        got = f"{len(images)} and {len(places or ())}"
+        raise SettingsError(f"columns: expected 1 to 7, and 1 place or more, got {got}; draw two")
     first = next(iter(images.values()))
     grid = np.shape(first)[-2:]
     ratios = {name: _ratio(name, np.shape(image), grid) for name, image in images.items()}
@@ -113,12 +110,6 @@ def side_by_side(
     return figure
 
 # %% ../../nbs/7_evaluation/03_figures.ipynb #bd3199f6
-def _check_title(title: str) -> None:
-    """A picture of a phantom must not be taken for a patient."""
-    if not any(word in title.lower() for word in ("phantom", "patient")):
-        raise SettingsError(f"title: must say phantom or patient, got {title!r}")
-
-
 def _whose(volume: Volume) -> str:
     """Tell whose data a volume shows."""
     phantom = any("phantom" in note.lower() for note in volume.notes)
@@ -133,7 +124,12 @@ def _range_hu(window: tuple[float, float]) -> str:
 def _panels(
     rows: int, columns: int, size_in: tuple[float, float], title: str
 ) -> tuple[Figure, np.ndarray]:
-    """Make a figure of empty panels; the caller shows it, otherwise a notebook draws it twice."""
+    """Make a figure of empty panels; its title must say whose data it shows.
+
+    It is closed, for the caller shows it: otherwise a notebook draws it twice.
+    """
+    if not any(word in title.lower() for word in ("phantom", "patient")):
+        raise SettingsError(f"title: must say phantom or patient, got {title!r}")
     figure = plt.figure(figsize=size_in, dpi=80, layout="constrained")
     figure.suptitle(title, fontsize=11)
     plt.close(figure)
@@ -141,18 +137,12 @@ def _panels(
 
 
 def _draw(
-    ax: Any,
-    image: np.ndarray,
-    window: tuple[float, float],
-    pixel_mm: float | None,
-    title: str = "",
-    **how: Any,
+    ax: Any, image: np.ndarray, window: tuple[float, float], pixel_mm: float | None, **how: Any
 ) -> Any:
     """Draw an image, each pixel a flat square, and a scale bar if the pixels have a size."""
     how = {"cmap": "gray", "interpolation": "nearest", **how}
     shown = ax.imshow(image, vmin=window[0], vmax=window[1], **how)
     ax.set(xticks=[], yticks=[])
-    ax.set_title(title, fontsize=10)
     if pixel_mm is not None:
         add_scale_bar(ax, pixel_mm, image.shape[1])
     return shown
@@ -171,16 +161,12 @@ def _ratio(name: str, shape: tuple[int, ...], grid: tuple[int, ...]) -> int:
 def _plane(
     name: str, image: np.ndarray, place: str, position: Sequence[int], grid: tuple[int, ...]
 ) -> np.ndarray:
-    """Take the slice of a volume in which a place lies."""
-    if any(not 0 <= p < size for p, size in zip(position[-2:], grid, strict=True)):
-        raise ShapeError(f"places: {place} at {tuple(position)} is outside the grid {grid}")
-    if len(np.shape(image)) == 2:
-        return np.asarray(image)
-    if len(position) != 3 or not 0 <= position[0] < len(image):
-        raise ShapeError(
-            f"places: {place} at {tuple(position)} names no slice of {name}, shape {image.shape}"
-        )
-    return np.asarray(image[position[0]])
+    """Take the slice of a volume in which a place lies; of an image, all of it."""
+    depth = np.shape(image)[:-2]  # of an image, nothing
+    at, sizes = tuple(position) if depth else tuple(position[-2:]), (*depth, *grid)
+    if len(at) != len(sizes) or any(not 0 <= p < n for p, n in zip(at, sizes, strict=True)):
+        raise ShapeError(f"places: {place} at {tuple(position)} is not in {name}, size {sizes}")
+    return np.asarray(image[at[0]] if depth else image)
 
 
 def _busiest(low: np.ndarray, side: int) -> tuple[int, int]:
@@ -214,7 +200,6 @@ def consistency_figure(consistency_hu: np.ndarray, *, spacing_mm: float, title: 
     -------
     Figure
     """
-    _check_title(title)
     values = np.abs(np.asarray(consistency_hu, np.float64))
     if values.ndim != 2 or not values.size:
         raise ShapeError(f"consistency_hu: expected a slice (h, w), got {values.shape}")
@@ -235,7 +220,8 @@ def consistency_figure(consistency_hu: np.ndarray, *, spacing_mm: float, title: 
 
 def _draw_consistency(figure: Figure, ax: Any, values: np.ndarray, spacing_mm: float) -> None:
     """Draw the map into a panel, and its colours beside it."""
-    shown = _draw(ax, values, (0, CONSISTENCY_HU), spacing_mm, "|f(SR) − input|", cmap="magma")
+    shown = _draw(ax, values, (0, CONSISTENCY_HU), spacing_mm, cmap="magma")
+    ax.set_title("|f(SR) − input|", fontsize=10)
     figure.colorbar(shown, ax=ax, shrink=0.8, extend="max", label="HU")
 
 
@@ -258,8 +244,6 @@ def overview(volume: Volume, one: SRSlice, *, title: str = "", panel_in: float =
     Figure
         Four panels.
     """
-    title = title or _whose(volume)
-    _check_title(title)
     low, high = volume.array[one.z], one.sr
     scale, step = high.shape[1] // low.shape[1], volume.spacing_mm[2]
     side = max(min(round(30 / step), *(n // 2 for n in low.shape)), 1)
@@ -273,10 +257,11 @@ def overview(volume: Volume, one: SRSlice, *, title: str = "", panel_in: float =
         (low[detail], "detail, input", step),
         (high[fine], "detail, SR", step / scale),
     ]
-    title = f"{title}; {_range_hu(LUNG_WINDOW)}. {RESEARCH_ONLY}"
+    title = f"{title or _whose(volume)}; {_range_hu(LUNG_WINDOW)}. {RESEARCH_ONLY}"
     figure, (axes,) = _panels(1, 4, (panel_in * 4, panel_in + 0.5), title)
     for ax, (image, name, pixel_mm) in zip(axes, panels, strict=False):
-        _draw(ax, image, LUNG_WINDOW, pixel_mm, name, interpolation=None)
+        _draw(ax, image, LUNG_WINDOW, pixel_mm, interpolation=None)
+        ax.set_title(name, fontsize=10)
     frame = plt.Rectangle((left * half, top * half), side * half, side * half, fill=False, ec="C1")
     axes[0].add_patch(frame)
     _draw_consistency(figure, axes[3], np.abs(one.consistency), step)
@@ -306,7 +291,6 @@ def training_curves(
     RangeError
         If there is no row to draw.
     """
-    _check_title(title)
     table = read_history(history) if isinstance(history, str | Path) else history
     steps = np.asarray(table.get("step", []), float)
     if not steps.size:

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PATCH', 'NEAR_MM', 'psnr', 'ssim', 'correlation', 'moment_matched', 'band_split', 'Spectrum', 'spectrum',
-           'spectrum_error_db', 'grid_db', 'Measures', 'Regions', 'regions', 'measure_slice', 'mean_measures']
+           'spectrum_error_db', 'grid_db', 'Measures', 'regions', 'measure_slice', 'mean_measures']
 
 # %% ../../nbs/7_evaluation/01_metrics.ipynb #cd9cc3f3
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,7 +99,7 @@ def spectrum(image: np.ndarray, *, mask: np.ndarray | None = None) -> Spectrum:
 
 
 def _power(image: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    """Average the power of the patches at each frequency of `fft2`."""
+    """Average the power of the patches at each frequency of `fft2`; NaN if none lies in the mask."""
     image, patch = np.asarray(image, np.float64), PATCH
     if image.ndim != 2 or min(image.shape) < patch:
         raise ShapeError(f"image: expected at least {patch} by {patch} pixels, got {image.shape}")
@@ -115,9 +115,7 @@ def _power(image: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
             cut = (cut - cut.mean((1, 2), keepdims=True)) * taper
             total += (np.abs(np.fft.fft2(cut)) ** 2).sum(0)
             count += len(row)
-    if not count:
-        raise RangeError(f"mask: no patch of {patch} by {patch} pixels lies in it; enlarge it")
-    return total / count / (taper**2).sum()
+    return total / (count or np.nan) / (taper**2).sum()
 
 
 def spectrum_error_db(
@@ -173,20 +171,16 @@ class Measures(NamedTuple):
         return re.sub(r"\bnan\b", "–", text.format(**self._asdict()))  # what is not known
 
 
-class Regions(NamedTuple):
-    """Where the rows are measured."""
-
-    lung: np.ndarray  # SR grid
-    lung_clinical: np.ndarray  # clinical grid: blocks that lie in the lung
-    parenchyma: np.ndarray  # clinical grid
-    near_bronchi: np.ndarray  # SR grid
-
-
 NEAR_MM = 1.5  # of a bronchus
 
 
-def regions(masks: Mapping[str, np.ndarray], *, spacing_mm: float, scale: int = 8) -> Regions:
-    """Derive the regions of the table from masks [8h, 8w]; empty where one is missing."""
+def regions(
+    masks: Mapping[str, np.ndarray], *, spacing_mm: float, scale: int = 8
+) -> list[np.ndarray]:
+    """Derive the regions of the table from masks [8h, 8w]; empty where one is missing.
+
+    They are the lung, the clinical pixels that lie in it, those of parenchyma, and near bronchi.
+    """
     none = np.zeros(np.shape(masks["lung"]), bool)
     names = ("lung", "vessel", "bronchus", "tumour")
     lung, vessel, bronchus, tumour = (np.asarray(masks.get(name, none), bool) for name in names)
@@ -196,7 +190,7 @@ def regions(masks: Mapping[str, np.ndarray], *, spacing_mm: float, scale: int = 
     solid = vessel | bronchus | tumour
     whole_blocks = block_mean(lung.astype(np.float32), scale) == 1
     free = block_mean(solid.astype(np.float32), scale) == 0
-    return Regions(lung, whole_blocks, whole_blocks & free, near & lung & ~tumour)
+    return [lung, whole_blocks, whole_blocks & free, near & lung & ~tumour]
 
 # %% ../../nbs/7_evaluation/01_metrics.ipynb #dd16b789
 def measure_slice(
@@ -239,38 +233,28 @@ def measure_slice(
     Measures
         NaN in the columns that need a truth when there is none.
     """
-    where = regions(masks, spacing_mm=spacing_mm, scale=scale)
-    inside, blocks = where.lung, where.lung_clinical
+    lung, blocks, parenchyma, near = regions(masks, spacing_mm=spacing_mm, scale=scale)
     means = block_mean(sr_hu, scale)
     error = np.abs(means - clinical_hu)[blocks]
     values: dict[str, Any] = dict.fromkeys(Measures._fields, float("nan"))
     values |= {"method": method, "tile": tile, "data_range": data_range}
     values["corr_clinical"] = correlation(means, clinical_hu, blocks)
-    values["corr_parenchyma"] = correlation(means, clinical_hu, where.parenchyma)
+    values["corr_parenchyma"] = correlation(means, clinical_hu, parenchyma)
     values["hu_error"] = float(error.mean()) if error.size else float("nan")
-    lung: dict[str, Any] = {"scale": scale, "mask": inside}
-    values["grid_db"] = _or_nan(grid_db, sr_hu, **lung)
+    values["grid_db"] = grid_db(sr_hu, scale=scale, mask=lung)
     if truth_hu is not None:
         _same_shape(sr_hu, truth_hu, data_range)
-        matched = moment_matched(sr_hu, truth_hu, inside)
-        in_lung = matched[inside][None], np.asarray(truth_hu)[inside][None]
+        matched = moment_matched(sr_hu, truth_hu, lung)
+        in_lung = matched[lung][None], np.asarray(truth_hu)[lung][None]
         pair = sr_hu, truth_hu
         fine, true_fine = (band_split(hu, scale)[1] for hu in pair)
-        values["corr_bronchi"] = correlation(*pair, where.near_bronchi)
-        values["corr_detail"] = correlation(fine, true_fine, inside)
+        values["corr_bronchi"] = correlation(*pair, near)
+        values["corr_detail"] = correlation(fine, true_fine, lung)
         values["psnr_matched"] = psnr(*in_lung, data_range=data_range)
-        values["spectrum_error_db"] = _or_nan(spectrum_error_db, *pair, **lung)
+        values["spectrum_error_db"] = spectrum_error_db(*pair, scale=scale, mask=lung)
         values["psnr"] = psnr(*pair, data_range=data_range)
         values["ssim"] = ssim(*pair, data_range=data_range)
     return Measures(**values)
-
-
-def _or_nan(measure: Callable[..., float], *images: np.ndarray, **how: Any) -> float:
-    """Give NaN where no patch lies in the lung, as in slices below and above it."""
-    try:
-        return measure(*images, **how)
-    except RangeError:
-        return float("nan")
 
 
 def mean_measures(rows: Sequence[Measures]) -> Measures:
