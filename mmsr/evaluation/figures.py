@@ -263,7 +263,7 @@ def overview(volume: Volume, one: SRSlice, *, title: str = "", panel_in: float =
         _draw(ax, image, LUNG_WINDOW, pixel_mm, interpolation=None)
         ax.set_title(name, fontsize=10)
     frame = plt.Rectangle((left * half, top * half), side * half, side * half, fill=False, ec="C1")
-    axes[0].add_patch(frame)
+    axes[0].add_artist(frame)
     _draw_consistency(figure, axes[3], np.abs(one.consistency), step)
     return figure
 

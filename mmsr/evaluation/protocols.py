@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['SuperResolveSettings', 'EvaluateSettings', 'find_weights', 'find_lung', 'cases_to_super_resolve', 'measure', 'Model',
-           'open_models', 'columns_of', 'measure_case', 'describe_model', 'finite']
+           'open_models', 'columns_of', 'measure_case', 'describe_model']
 
 # %% ../../nbs/7_evaluation/02_protocols.ipynb #5cdc6bb7
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -135,8 +134,7 @@ def _check_lies_on(fine: Volume, clinical: Volume, scale: int, name: str) -> Non
     there = np.allclose([*fine.spacing_mm, *fine.origin_mm], [*where[0], *where[1]])
     if not there or fine.array.shape != (z, scale * y, scale * x):
         raise GeometryError(
-            f"{name}: does not lie on its input, {scale} pixels to one; super-resolve it again, "
-            "with weights of that scale"
+            f"{name}: does not lie on its input, {scale} pixels to one; make it anew, at that scale"
         )
 
 
@@ -243,12 +241,4 @@ def describe_model(model: Model) -> dict[str, Any]:
         "norm": g1.get("norm", "-"),
         "EMA": training.get("settings", {}).get("ema", 0.0),
         "trained on": card["data"].split(":")[0],
-    }
-
-
-def finite(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Put None where a row has NaN or infinity, so that it is fit for JSON."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in row.items()
     }
