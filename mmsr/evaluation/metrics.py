@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from scipy import ndimage
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
@@ -90,32 +91,30 @@ class Spectrum(NamedTuple):
 
 def spectrum(image: np.ndarray, *, mask: np.ndarray | None = None) -> Spectrum:
     """Compute the radial power spectrum of an image (h, w) from Hann-windowed patches."""
-    power, patch = _power(image, mask), PATCH
-    frequency = np.fft.fftfreq(patch)
-    ring = np.rint(np.hypot(frequency[:, None], frequency) * patch).astype(int).ravel()
-    keep = patch // 2 + 1
+    power, frequency = _power(image, mask), np.fft.fftfreq(PATCH)
+    ring = np.rint(np.hypot(frequency[:, None], frequency) * PATCH).astype(int).ravel()
+    keep = PATCH // 2 + 1
     mean = (np.bincount(ring, power.ravel()) / np.bincount(ring))[:keep]
-    return Spectrum(np.arange(keep) / patch, mean)
+    return Spectrum(np.arange(keep) / PATCH, mean)
 
 
 def _power(image: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
     """Average the power of the patches at each frequency of `fft2`; NaN if none lies in the mask."""
-    image, patch = np.asarray(image, np.float64), PATCH
-    if image.ndim != 2 or min(image.shape) < patch:
-        raise ShapeError(f"image: expected at least {patch} by {patch} pixels, got {image.shape}")
-    hann = np.hanning(patch + 1)[:-1]
+    image, size = np.asarray(image, np.float64), (PATCH, PATCH)
+    if image.ndim != 2 or min(image.shape) < PATCH:
+        raise ShapeError(f"image: expected at least {PATCH} by {PATCH} pixels, got {image.shape}")
+    hann = np.hanning(PATCH + 1)[:-1]
     taper = np.outer(hann, hann)
-    total, count = np.zeros((patch, patch)), 0
-    for top in range(0, image.shape[0] - patch + 1, patch // 2):  # a row at a time: little memory
-        starts = range(0, image.shape[1] - patch + 1, patch // 2)
-        row = [(slice(top, top + patch), slice(left, left + patch)) for left in starts]
-        row = [place for place in row if mask is None or mask[place].mean() >= 0.9]
-        if row:
-            cut = np.stack([image[place] for place in row])
-            cut = (cut - cut.mean((1, 2), keepdims=True)) * taper
-            total += (np.abs(np.fft.fft2(cut)) ** 2).sum(0)
-            count += len(row)
-    return total / (count or np.nan) / (taper**2).sum()
+    cuts = sliding_window_view(image, size)[:: PATCH // 2, :: PATCH // 2]
+    wanted = np.ones(cuts.shape[:2], bool)
+    if mask is not None:
+        wanted = sliding_window_view(mask, size)[:: PATCH // 2, :: PATCH // 2].mean((2, 3)) >= 0.9
+    total = np.zeros(size)
+    for row, here in zip(cuts, wanted, strict=True):  # a row at a time: little memory
+        cut = row[here]
+        cut = (cut - cut.mean((1, 2), keepdims=True)) * taper
+        total += (np.abs(np.fft.fft2(cut)) ** 2).sum(0)
+    return total / (wanted.sum() or np.nan) / (taper**2).sum()
 
 
 def spectrum_error_db(
