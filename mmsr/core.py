@@ -17,12 +17,12 @@ import os
 import platform
 import re
 import sys
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 import numpy as np
 import pydantic
@@ -105,26 +105,27 @@ def disk_errors(name: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`, of the same endings; move it there if the block ends well.
+def atomic_write(
+    path: str | Path, *, folder: Path | None = None, sync: bool = True
+) -> Iterator[Path]:
+    """Give a temporary path of the same endings; move it to `path` if the block ends well.
 
-    On any error it is removed, and an earlier file stays as it was: `FileError` where the folder is
+    It lies beside `path`, or in another `folder` of the disk; with `sync` the disk has it before it
+    is moved. On any error it is removed, and an earlier file stays as it was: `FileError` where the folder is
     missing or may not be written, `ResourceError` when the disk is full.
     """
     path = Path(path)
     if not path.parent.is_dir():
         raise FileError(f"{path}: its folder does not exist; create {path.parent} first")
+    name = f".{path.name}.{uuid.uuid4().hex}{''.join(path.suffixes)}"
+    temporary = (folder or path.parent) / name
     with disk_errors(path):
-        handle, name = tempfile.mkstemp("".join(path.suffixes), f".{path.name}.", path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        temporary.touch()
         try:
             yield temporary
-            with open(temporary, "rb+") as f:
-                os.fsync(f.fileno())
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)
+            if sync:
+                with open(temporary, "rb+") as f:
+                    os.fsync(f.fileno())
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -181,14 +182,11 @@ class Settings(pydantic.BaseModel):
 def _settings_message(cls: type[Settings], error: pydantic.ValidationError) -> str:
     """Put the first complaint of pydantic into one line; say how many more there are."""
     first, *more = error.errors(include_url=False)
-    path, _ = _follow(cls, first["loc"])
-    name = ".".join(path) or cls.__name__
-    if first["type"] == "union_tag_invalid":
-        tags, tag = first["ctx"]["expected_tags"].replace("', '", "' or '"), first["ctx"]["tag"]
-        text = f"{name}.kind: expected {tags}, got {tag!r}"
-    elif first["type"] == "extra_forbidden":
-        known = list(_follow(cls, first["loc"][:-1])[1].model_fields)
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
+    name = ".".join(map(str, first["loc"])) or cls.__name__
+    if first["type"] == "extra_forbidden":
+        *parents, wrong = map(str, first["loc"])
+        known = _fields(cls, parents)
+        near = difflib.get_close_matches(wrong, known, 1)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
         text = f"{name}: unknown parameter of {cls.__name__}; {hint}"
     else:
@@ -199,30 +197,12 @@ def _settings_message(cls: type[Settings], error: pydantic.ValidationError) -> s
     return " ".join(text.split()) + (f" (and {len(more)} more)" if more else "")
 
 
-def _follow(
-    cls: type[pydantic.BaseModel], loc: Sequence[int | str]
-) -> tuple[list[str], type[pydantic.BaseModel]]:
-    """Walk along a path of pydantic's; return the names in it, and the innermost model.
-
-    Where a field is one of several models, pydantic puts the kind of the chosen one into the path.
-    """
-    names, models = [], [cls]
-    for part in loc:
-        chosen = [m for m in models if len(models) > 1 and m.model_fields["kind"].default == part]
-        if chosen:
-            models = chosen  # a kind is no name
-            continue
-        names.append(str(part))
-        field = models[0].model_fields.get(str(part))
-        models = (field and _models(field.annotation)) or models[:1]
-    return names, models[0]
-
-
-def _models(annotation: Any) -> list[type[pydantic.BaseModel]]:
-    """List the models that a type is made of."""
-    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
-        return [annotation]
-    return [model for part in get_args(annotation) for model in _models(part)]
+def _fields(model: Any, path: Sequence[str]) -> list[str]:
+    """List the fields of the settings that stand at a path of names inside a model."""
+    for name in path:
+        inner = model.model_fields[name].annotation if name in model.model_fields else model
+        model = inner if hasattr(inner, "model_fields") else model
+    return list(model.model_fields)
 
 # %% ../nbs/00_core.ipynb #056e3051
 DECIDING = (
@@ -234,16 +214,12 @@ DECIDING = (
 
 def environment() -> dict[str, Any]:
     """Describe the software and hardware of this process, without names of people or places."""
-    packages = {}
+    packages = dict.fromkeys(DECIDING, "not installed")
     for name in DECIDING:
-        try:
+        with suppress(PackageNotFoundError):
             packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = "not installed"
     torch = sys.modules.get("torch")
-    device = "CPU"
-    if torch is not None and torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
+    device = torch.cuda.get_device_name() if torch and torch.cuda.is_available() else "CPU"
     return {
         "packages": packages,
         "python": platform.python_version(),

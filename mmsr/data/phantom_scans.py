@@ -15,35 +15,20 @@ from numpy.random import Generator
 from scipy import ndimage
 
 from ..core import RangeError, ShapeError, seeded
-from mmsr.data.phantom import (
-    PIXEL_MM,
-    SCALE,
-    TISSUE_HU,
-    HRSlice,
-    Scene,
-    _unit,
-    hr_slice,
-    lung_scene,
-    wall_thickness,
-)
-from .volume import AIR_HU, Volume, sr_geometry
+from .phantom import PIXEL_MM, SCALE, Scene, hr_slice, lung_scene, wall_thickness
+from .volume import AIR_HU, TISSUE_HU, Volume, sr_geometry
 
 # %% ../../nbs/1_data/03_phantom_scans.ipynb #fb20b636
 SLICE_MM = 0.6
 
 
 def clinical_slice(
-    hu: ndarray,
-    rng: Generator,
-    *,
-    psf_mm: float = 0.8,
-    noise_hu: float = 24.0,
-    noise_mm: float = 0.3,
+    hu: ndarray, rng: Generator, *, psf_mm: float = 0.8, noise_hu: float = 24.0
 ) -> ndarray:
     """Look at thin slices, shape (8h, 8w) or (n, 8h, 8w), through a clinical scanner: (h, w).
 
     The point spread in plane is a Gaussian of full width `psf_mm` at half its height; the noise has
-    the spread `noise_hu`, and a Gaussian correlation of width `noise_mm`.
+    the spread `noise_hu`, and a Gaussian correlation of width 0.3 mm.
     """
     h, w = hu.shape[-2] // SCALE, hu.shape[-1] // SCALE
     if hu.shape[-2:] != (h * SCALE, w * SCALE):
@@ -54,7 +39,7 @@ def clinical_slice(
     image = mean.reshape(h, SCALE, w, SCALE).mean((1, 3))
     if noise_hu:
         noise = rng.standard_normal((h + 8, w + 8), np.float32)
-        noise = ndimage.gaussian_filter(noise, noise_mm / (SCALE * PIXEL_MM))[4:-4, 4:-4]
+        noise = ndimage.gaussian_filter(noise, 0.3 / (SCALE * PIXEL_MM))[4:-4, 4:-4]
         image += np.float32(noise_hu) * noise / noise.std()
     return image
 
@@ -110,15 +95,7 @@ class PhantomCase(NamedTuple):
 
 
 def clinical_case(
-    seed: int,
-    *,
-    n_slices: int = 2,
-    size: int = 1024,
-    step_mm: float = SLICE_MM,
-    samples: int = 5,
-    density: float = 1.0,
-    psf_mm: float = 0.8,
-    noise_hu: float = 24.0,
+    seed: int, *, n_slices: int = 2, size: int = 1024, samples: int = 5
 ) -> PhantomCase:
     """Scan a phantom patient with a clinical CT, and keep the truth.
 
@@ -130,14 +107,8 @@ def clinical_case(
         Clinical slices, 0.6 mm thick.
     size : int
         Side of the truth, HR pixels, a multiple of 8 and at least 128.
-    step_mm : float
-        Distance of the slices.
     samples : int
         Thin slices averaged over the thickness; odd, so that one lies in the middle.
-    density : float
-        Thickness of the septa, relative to the default.
-    psf_mm, noise_hu : float
-        The scanner: full width of its point spread at half maximum, and spread of its noise.
 
     Returns
     -------
@@ -148,30 +119,36 @@ def clinical_case(
     Raises
     ------
     RangeError
-        If `n_slices` is below 1, `samples` is not odd, or `step_mm` is not positive.
+        If `n_slices` is below 1, or `samples` is not odd.
     """
-    if n_slices < 1 or samples < 1 or samples % 2 == 0 or step_mm <= 0:
-        raise RangeError(
-            "n_slices, samples, step_mm: expected 1 or more, an odd number and above 0, "
-            f"got {n_slices}, {samples}, {step_mm}"
-        )
-    scene = lung_scene(seed, size=size, depth_mm=max(10.0, n_slices * step_mm + 4), density=density)
+    if samples < 1 or samples % 2 == 0:
+        raise RangeError(f"samples: expected an odd number, got {samples}")
+    scene, heights = _layout(seed, n_slices, size, SLICE_MM, "patient")
     rng = seeded(seed, "clinical noise")
     offsets = (np.arange(samples) - samples // 2) * SLICE_MM / samples
-    heights = scene.depth_mm / 2 + (np.arange(n_slices) - (n_slices - 1) / 2) * step_mm
     clinical, cuts = [], []
     for z in heights:
         thin = [hr_slice(scene, z + dz) for dz in offsets]
-        stack = np.stack([s.hu for s in thin])
-        clinical.append(clinical_slice(stack, rng, psf_mm=psf_mm, noise_hu=noise_hu))
+        clinical.append(clinical_slice(np.stack([s.hu for s in thin]), rng))
         cuts.append(thin[samples // 2])
-    masks = {name: np.stack([getattr(c, name) for c in cuts]) for name in HRSlice._fields[1:]}
+    masks = {name: np.stack([getattr(c, name) for c in cuts]) for name in cuts[0]._fields[1:]}
     geometry = _known_tubes(scene, heights, masks)
-    spacing = (step_mm, SCALE * PIXEL_MM, SCALE * PIXEL_MM)
+    spacing = (SLICE_MM, SCALE * PIXEL_MM, SCALE * PIXEL_MM)
     scan = Volume(_rounded(clinical, np.int16), spacing, notes=("phantom",))
     fine, origin = sr_geometry(scan, SCALE)
     truth = Volume(_rounded([c.hu for c in cuts], np.int16), fine, origin, notes=("phantom",))
     return PhantomCase(scan, truth, masks, _places(scene, masks, geometry), geometry)
+
+
+def _layout(
+    seed: int, n_slices: int, size: int, step_mm: float, kind: str
+) -> tuple[Scene, ndarray]:
+    """Return a scene that is high enough, and the heights of its slices around the middle, mm."""
+    if n_slices < 1:
+        raise RangeError(f"n_slices: expected 1 or more, got {n_slices}")
+    depth_mm = max(10.0, n_slices * step_mm + 4)
+    heights = depth_mm / 2 + (np.arange(n_slices) - (n_slices - 1) / 2) * step_mm
+    return lung_scene(seed, size=size, depth_mm=depth_mm, kind=kind), heights
 
 
 def _rounded(slices: list[ndarray], dtype: Any) -> ndarray:
@@ -184,7 +161,8 @@ def _known_tubes(scene: Scene, heights: ndarray, masks: dict) -> list[KnownTube]
     """List the tubes whose axis crosses a slice at a steep angle, inside the visible lung."""
     found = []
     a, b = scene.tubes[:, :4].astype(float), scene.tubes[:, 4:8].astype(float)
-    axes = _unit(b[:, :3] - a[:, :3] + 1e-12)
+    axes = b[:, :3] - a[:, :3] + 1e-12
+    axes /= np.sqrt((axes * axes).sum(-1, keepdims=True))
     for i, z in enumerate(heights):
         crosses = ((a[:, 0] <= z) != (b[:, 0] <= z)) & (np.abs(axes[:, 0]) > 0.35)
         for j in np.flatnonzero(crosses):
@@ -239,9 +217,7 @@ def _places(
     return places
 
 # %% ../../nbs/1_data/03_phantom_scans.ipynb #60cd3ed8
-def micro_case(
-    seed: int, *, n_slices: int = 2, size: int = 1024, step_mm: float = 0.5, density: float = 1.0
-) -> Volume:
+def micro_case(seed: int, *, n_slices: int = 2, size: int = 1024) -> Volume:
     """Scan a phantom specimen of resected lung with a µCT.
 
     Parameters
@@ -249,13 +225,9 @@ def micro_case(
     seed : int
         The specimen; its grey scale, noise and rings come from the seed too.
     n_slices : int
-        Thin slices.
+        Thin slices, 0.5 mm apart.
     size : int
         Side in HR pixels, a multiple of 8 and at least 128.
-    step_mm : float
-        Distance of the slices that are kept.
-    density : float
-        Thickness of the septa, relative to the default.
 
     Returns
     -------
@@ -265,21 +237,13 @@ def micro_case(
     Raises
     ------
     RangeError
-        If `n_slices` is below 1 or `step_mm` is not positive.
+        If `n_slices` is below 1.
     """
-    if n_slices < 1 or step_mm <= 0:
-        raise RangeError(
-            f"n_slices, step_mm: expected 1 or more and above 0, got {n_slices}, {step_mm}"
-        )
-    depth_mm = max(10.0, n_slices * step_mm + 4)
-    scene = lung_scene(seed, size=size, depth_mm=depth_mm, kind="specimen", density=density)
+    scene, heights = _layout(seed, n_slices, size, 0.5, "specimen")
     rng = seeded(seed, "micro noise")
     air = rng.uniform(1500, 2500)
     tissue, bow = air + rng.uniform(6000, 8000), rng.uniform(0.85, 1.0)
     scanner = MicroScanner(air, tissue, bow, rng.uniform(0.04, 0.06), rng.uniform(0.01, 0.03))
-    heights = depth_mm / 2 + (np.arange(n_slices) - (n_slices - 1) / 2) * step_mm
     grey = [micro_slice(hr_slice(scene, z).hu, rng, scanner) for z in heights]
-    spacing = (step_mm, PIXEL_MM, PIXEL_MM)
-    return Volume(
-        _rounded(grey, np.uint16), spacing, modality="micro", unit="grey", notes=("phantom",)
-    )
+    array, spacing = _rounded(grey, np.uint16), (0.5, PIXEL_MM, PIXEL_MM)
+    return Volume(array, spacing, modality="micro", unit="grey", notes=("phantom",))

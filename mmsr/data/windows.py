@@ -87,11 +87,8 @@ class Window(NamedTuple):
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Rebuild a window from `to_dict`, and refuse what is none (it comes from a file)."""
         try:
-            plain: dict[str, Any] = {
-                k: str(v) if k == "unit" else float(v) for k, v in values.items()
-            }
-            window = cls(**plain)
-        except (TypeError, ValueError):
+            window = cls(float(values["air"]), float(values["tissue"]), str(values["unit"]))
+        except (KeyError, TypeError, ValueError):
             raise SettingsError(
                 f"window: expected numbers for air and tissue, and a unit, got {dict(values)}"
             ) from None

@@ -34,9 +34,8 @@ from mmsr.core import (
 from mmsr.data.volume import DicomSource, Volume, sr_geometry
 from mmsr.scans import output_plan
 from mmsr.scans.ome_zarr_writer import pyramid, pyramid_shapes
-from mmsr.scans.output_plan import Output, placeholder, plan_outputs, unfinished
+from mmsr.scans.output_plan import Output, placeholder, plan_outputs, share, unfinished
 from mmsr.scans.read import read_volume
-from mmsr.scans.resumable_output import share
 from mmsr.scans.slices import SliceReader
 from mmsr.scans.write import (
     WRITABLE,
