@@ -16,30 +16,14 @@ import numpy as np
 import pydantic
 
 from .run_notebook import make_folder
-from mmsr.core import (
-    Settings,
-    SettingsError,
-    ShapeError,
-    atomic_write,
-    seeded,
-    show_patches,
-    write_json,
-)
+from ..core import Settings, ShapeError, atomic_write, seeded, show_patches, write_json
 from ..data.masks import lung_mask, specimen_mask
 from ..data.patches import PatchBank, PatchCase, split_cases, write_bank
 from ..data.phantom import SCALE
 from ..data.phantom_scans import PhantomCase, clinical_case, micro_case
 from ..data.volume import Volume, block_mean, resample_in_plane
 from ..data.windows import CLINICAL_WINDOW, Window, micro_window
-from mmsr.scans.cases import (
-    Case,
-    NonEmpty,
-    Prepared,
-    as_list,
-    clear_prepared,
-    expand_paths,
-    save_case,
-)
+from ..scans.cases import Case, NonEmpty, Prepared, as_list, clear_prepared, paths_of, save_case
 from ..scans.read import read_mask, read_volume
 
 # %% ../../nbs/8_app/02_prepare.ipynb #fed0e892
@@ -111,20 +95,16 @@ class PrepareSettings(Settings):
         scans = as_list(info.data.get("clinical"))
         count = info.data.get("cases") if scans == ["phantom"] else len(scans)
         if count and value >= count:
-            raise ValueError(
-                f"expected less than the number of clinical cases, {count}, so that one is left "
-                "for training; 0 evaluates on cases seen in training"
-            )
+            few = f"expected less than the number of clinical cases, {count}, so that one is left"
+            raise ValueError(f"{few} for training; 0 evaluates on cases seen in training")
         return value
 
     @pydantic.field_validator("clinical_mask", "micro_mask")
     @classmethod
     def _one_for_each_scan(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
         scans = as_list(info.data.get(str(info.field_name).removesuffix("_mask")))
-        if value and scans == ["phantom"]:
-            raise ValueError("expected none, for no file fits a phantom")
-        if value and len(as_list(value)) != len(scans):
-            raise ValueError(f"expected one mask for each of {len(scans)} scans")
+        if value and (scans == ["phantom"] or len(as_list(value)) != len(scans)):
+            raise ValueError("expected one mask for each scan; none fits a phantom")
         return value
 
     @pydantic.field_validator("clinical_window", "micro_window")
@@ -139,12 +119,10 @@ def clinical_cases(settings: PrepareSettings) -> list[Case]:
     """Make or read the clinical cases, with their lung masks (R10)."""
     if settings.clinical == "phantom":
         return _phantoms(_phantom_patient, settings)
-    return [_patient(settings, i, path) for i, path in enumerate(expand_paths(settings.clinical))]
+    return [_patient(settings, i, path) for i, path in enumerate(paths_of(settings.clinical))]
 
 
-def _phantoms(
-    make: Callable[[PrepareSettings, int], Case], settings: PrepareSettings
-) -> list[Case]:
+def _phantoms(make: Callable[..., Case], settings: PrepareSettings) -> list[Case]:
     """Make all phantoms of a modality, one in each thread."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(lambda i: make(settings, i), range(settings.cases)))
@@ -167,30 +145,24 @@ def _known(made: PhantomCase, scale: int) -> tuple[Volume | None, dict[str, np.n
         return None, {}
     ratio = SCALE // scale
     coarse = resample_in_plane(made.truth, made.truth.spacing_mm[1] * ratio)
-    regions = {
-        name: block_mean(mask.astype(float), ratio) >= 0.5 for name, mask in made.masks.items()
-    }
+    regions = {n: block_mean(m.astype(float), ratio) >= 0.5 for n, m in made.masks.items()}
     return coarse._replace(array=np.rint(coarse.array).astype(np.int16)), regions
 
 
 def _patient(settings: PrepareSettings, i: int, path: Path) -> Case:
     """Read clinical scan number `i`, and choose three sites in its lung to show."""
     volume = read_volume(path, slices=settings.clinical_slices)
-    masks = expand_paths(settings.clinical_mask)
+    masks = paths_of(settings.clinical_mask)
     mask = read_mask(masks[i], volume) if masks else lung_mask(volume)
     margin = 16
-    inner = np.zeros_like(mask)
-    inner[:, margin:-margin, margin:-margin] = mask[:, margin:-margin, margin:-margin]
+    inner = mask[:, margin:-margin, margin:-margin]
     sites = np.flatnonzero(inner)
     if not sites.size:
-        raise ShapeError(
-            f"{path.name}: the lung lies within {margin} pixels of the border; give more"
-        )
+        raise ShapeError(f"{path.name}: no lung is {margin} pixels from the border; give more")
     chosen = seeded(settings.seed, "sites", i).choice(sites, 3, replace=sites.size < 3)
-    at = (tuple(map(int, np.unravel_index(site, mask.shape))) for site in chosen)
-    return _as_patient(
-        settings, i, volume, mask, {f"lung, site {n}": p for n, p in enumerate(at, 1)}
-    )
+    at = np.add(np.transpose(np.unravel_index(chosen, inner.shape)), (0, margin, margin))
+    places = {f"lung, site {n}": tuple(place) for n, place in enumerate(at.tolist(), 1)}
+    return _as_patient(settings, i, volume, mask, places)
 
 
 def _as_patient(
@@ -207,7 +179,7 @@ def micro_cases(settings: PrepareSettings) -> list[Case]:
     """Make or read the µCT cases, with their specimen masks and grey scales (R7, R10, R11)."""
     if settings.micro == "phantom":
         return _phantoms(_phantom_specimen, settings)
-    return [_specimen(settings, i, path) for i, path in enumerate(expand_paths(settings.micro))]
+    return [_specimen(settings, i, path) for i, path in enumerate(paths_of(settings.micro))]
 
 
 def _phantom_specimen(settings: PrepareSettings, i: int) -> Case:
@@ -221,7 +193,7 @@ def _specimen(settings: PrepareSettings, i: int, path: Path) -> Case:
     """Read µCT scan number `i`."""
     voxel_um, slices = settings.micro_voxel_um, settings.micro_slices
     volume = read_volume(path, modality="micro", voxel_um=voxel_um, slices=slices)
-    masks = expand_paths(settings.micro_mask)
+    masks = paths_of(settings.micro_mask)
     mask = read_mask(masks[i], volume) if masks else None
     return _as_specimen(settings, f"micro-{i}", volume, mask, "specimen data")
 
@@ -357,14 +329,10 @@ def patch_figure(made: PreparedData) -> Any:
     for bank in (made.x_bank, made.y_bank):
         panels += [*bank.unit(np.linspace(0, len(bank.patches) - 1, 4).astype(int))]
         steps += [bank.info.spacing_mm[1]] * 4
-    return show_patches(
-        panels,
-        ["clinical"] * 4 + ["µCT"] * 4,
-        window=(-1, 1),
-        spacing_mm=steps,
-        suptitle=f"patches of both domains: {_sources(made)}; not of the same place",
-        size_in=2.2,
-    )
+    names = ["clinical"] * 4 + ["µCT"] * 4
+    title = f"patches of both domains: {_sources(made)}; not of the same place"
+    how: Any = {"window": (-1, 1), "spacing_mm": steps, "suptitle": title}
+    return show_patches(panels, names, size_in=2.2, **how)
 
 
 def _sources(made: PreparedData) -> str:

@@ -43,9 +43,7 @@ def table(rows: Sequence[Mapping[str, Any]], *, caption: str = "") -> str:
         If there is no row, or the rows have different keys.
     """
     if not rows or any(list(row) != list(rows[0]) for row in rows):
-        raise ShapeError(
-            "rows: expected at least one row, all with the same keys in the same order"
-        )
+        raise ShapeError("rows: expected one or more, all with the same keys in the same order")
     head = "".join(f"<th>{html.escape(str(key))}</th>" for key in rows[0])
     body = "".join("<tr>" + "".join(map(_cell, row.values())) + "</tr>" for row in rows)
     title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
@@ -81,10 +79,8 @@ def picture(figure: Any, caption: str) -> str:
     figure.savefig(buffer, format="png", dpi=figure.dpi, metadata={"Software": None})
     data = base64.b64encode(buffer.getvalue()).decode()
     text = html.escape(caption)
-    return (
-        f"<figure><img alt='{text}' src='data:image/png;base64,{data}'>"
-        f"<figcaption>{text}</figcaption></figure>"
-    )
+    image = f"<img alt='{text}' src='data:image/png;base64,{data}'>"
+    return f"<figure>{image}<figcaption>{text}</figcaption></figure>"
 
 # %% ../../nbs/7_evaluation/04_report.ipynb #e4ded12f
 STYLE = """
@@ -100,14 +96,12 @@ figure{margin:1.4rem 0} img{max-width:100%;height:auto} figcaption{color:#55606a
 
 def write_report(path: str | Path, title: str, parts: Sequence[str]) -> None:
     """Write parts (from `paragraph`, `table`, `picture`) as one page, whole or not at all."""
-    heading = html.escape(title)
+    heading, body = html.escape(title), "\n".join(parts)
     page = (
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{heading}</title>"
         "<meta name='viewport' content='width=device-width,initial-scale=1'>"
         f"<style>{STYLE}</style></head><body><h1>{heading}</h1>"
-        f"<p class='notice'>{html.escape(RESEARCH_ONLY)}</p>"
-        + "\n".join(parts)
-        + "</body></html>\n"
+        f"<p class='notice'>{html.escape(RESEARCH_ONLY)}</p>{body}</body></html>\n"
     )
     with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf8")

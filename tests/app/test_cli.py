@@ -771,7 +771,7 @@ def test_help_lists_the_jobs(capsys: pytest.CaptureFixture[str]) -> None:
         (["run", "prepare", "--out", "OUT/n.ipynb", "-p", "size=[1"], ["size", "YAML"]),
         (["run", "prepare", "--out", "OUT/n.ipynb", "--json", "{"], ["--json"]),
         (["run", "prepare", "--out", "OUT/n.ipynb", "--json", "[1]"], ["--json", '{"steps": 100}']),
-        (["plan", "OUT/no.yaml", "--out", "OUT/x"], ["no.yaml", "no such plan"]),
+        (["plan", "OUT/no.yaml", "--out", "OUT/x"], ["no.yaml", "No such file"]),
         (["plan", "NOTES", "--out", "OUT/x"], ["notes.txt"]),
         (["plan", "LIST", "--out", "OUT/x"], ["list.yaml"]),
         (["plan", "TINY", "--out", "NOTES"], ["notes.txt"]),

@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from mmsr.app import cli
-from mmsr.app.plan import check_plan
+from mmsr.app.plan import check_plan, snakemake_command
 from mmsr.app.prepare import PrepareSettings, clinical_cases
 from mmsr.app.run_notebook import run_experiment
 from mmsr.app.train import TrainSettings, launch_training, method_settings, train
@@ -56,7 +56,7 @@ def progress_as_text() -> Iterator[None]:
 def snakemake(plan: Path, out: Path) -> str:
     """Carry out a plan in a process of its own; give what the experiments printed."""
     out.mkdir(exist_ok=True)
-    command = cli.snakemake_command(plan, out, 2)
+    command = snakemake_command(plan, out, 2)
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
