@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DRAWS', 'MIN_SPREAD', 'MIN_TISSUE', 'split_cases', 'sample_positions', 'reject_reason', 'PatchCase', 'CaseRecord',
-           'BankInfo', 'PatchBank', 'open_bank', 'write_bank', 'refuse_overlap']
+           'BankSettings', 'BankInfo', 'PatchBank', 'open_bank', 'write_bank', 'refuse_overlap']
 
 # %% ../../nbs/1_data/06_patches.ipynb #7d144dc8
 import os
@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 import pydantic
@@ -61,10 +61,7 @@ def split_cases(
     """
     ordered = sorted(names)
     if twice := [a for a, b in pairwise(ordered) if a == b]:
-        raise SettingsError(
-            f"names: {twice[0]!r} occurs twice, so one case could be in training and test; "
-            "list each case once"
-        )
+        raise SettingsError(f"names: {twice[0]!r} occurs twice; list each case once")
     if isinstance(held_out, int):
         drawn = seeded(seed, "split").permutation(len(ordered))
         test = sorted(ordered[i] for i in drawn[: max(held_out, 0)])
@@ -74,10 +71,8 @@ def split_cases(
     if unknown := [name for name in test if name not in ordered]:
         raise SettingsError(f"held_out: unknown case {unknown[0]!r}; known: {', '.join(ordered)}")
     if not train or (isinstance(held_out, int) and held_out < 0):
-        raise SettingsError(
-            f"held_out: expected 0 to {max(len(ordered) - 1, 0)} of {len(ordered)} cases, so that "
-            f"one is left for training, got {held_out}"
-        )
+        most = f"{max(len(ordered) - 1, 0)} of {len(ordered)} cases"
+        raise SettingsError(f"held_out: expected 0 to {most}, got {held_out}; one must be left")
     return train, test
 
 # %% ../../nbs/1_data/06_patches.ipynb #11b76326
@@ -86,12 +81,10 @@ DRAWS = 4096  # fixed: the first n places are the same, however many are asked f
 
 def _centres(mask: np.ndarray, size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
     """Yield blocks of corners without end; draws are independent, so a place can come twice."""
-    depth, height, width = mask.shape
+    height, width = mask.shape[1:]
     if size < 1 or size > min(height, width):
-        raise ShapeError(
-            f"size: expected 1 to {min(height, width)} pixels for slices of {height}×{width}, "
-            f"got {size}; take smaller patches or a larger slice"
-        )
+        room = f"1 to {min(height, width)} pixels for slices of {height}×{width}"
+        raise ShapeError(f"size: expected {room}, got {size}; take smaller patches")
     half = size // 2
     inner = mask[:, half : height - size + half + 1, half : width - size + half + 1]
     while True:
@@ -103,11 +96,8 @@ def _centres(mask: np.ndarray, size: int, rng: np.random.Generator) -> Iterator[
     per_slice = np.array([np.count_nonzero(plane) for plane in inner])
     last = np.cumsum(per_slice)
     if not last[-1]:
-        where = "is empty" if not mask.any() else "has no place where a patch lies in the image"
-        raise RangeError(
-            f"mask: {where} ({depth}×{height}×{width} voxels, patches of {size} pixels); check "
-            "the mask, or take smaller patches"
-        )
+        where = "has no place where a patch lies in the image" if mask.any() else "is empty"
+        raise RangeError(f"mask: {where}; check it, or take patches smaller than {size} pixels")
     while True:
         rank = rng.integers(0, last[-1], DRAWS)
         z = np.searchsorted(last, rank, side="right")
@@ -115,9 +105,8 @@ def _centres(mask: np.ndarray, size: int, rng: np.random.Generator) -> Iterator[
         for k in np.unique(z):  # one slice at a time: never a list of the whole mask
             chosen = z == k
             places = np.flatnonzero(inner[k])[rank[chosen] - (last[k] - per_slice[k])]
-            corners[chosen] = np.stack(
-                [np.full(len(places), k), *np.unravel_index(places, inner.shape[1:])], 1
-            )
+            corners[chosen, 0] = k
+            corners[chosen, 1:] = np.stack(np.unravel_index(places, inner.shape[1:]), 1)
         yield corners
 
 
@@ -130,13 +119,12 @@ def sample_positions(mask: np.ndarray, size: int, n: int, rng: np.random.Generat
     mask = np.asarray(mask, bool)
     if mask.ndim != 3:
         raise ShapeError(f"mask: expected axes z, y, x, got shape {mask.shape}; add a slice axis")
-    blocks, found = [np.empty((0, 3), np.int64)], 0
+    corners = np.empty((0, 3), np.int64)
     for block in _centres(mask, size, rng):
-        blocks.append(block)
-        found += len(block)
-        if found >= n:
+        corners = np.concatenate([corners, block])
+        if len(corners) >= n:
             break
-    return np.concatenate(blocks)[:n]
+    return corners[:n]
 
 # %% ../../nbs/1_data/06_patches.ipynb #e614d9d9
 MIN_SPREAD = 0.005
@@ -194,30 +182,24 @@ class CaseRecord(Settings):
     rejected_air: int
 
 
-class BankInfo(Settings):
-    """What `bank.json` holds; `fingerprint` is that of the patches."""
+class BankSettings(Settings):
+    """How patches are cut; `window` is that of the cases that bring none."""
 
     modality: Literal["clinical", "micro"]
     size: int
-    per_case: int
+    per_case: pydantic.PositiveInt
     seed: int
     window: dict[str, float | str]
     min_spread: float
     min_tissue: float
-    dtype: str
+    dtype: str = pydantic.Field(pattern="^[<>|][iuf][1248]$")  # as NumPy writes number types
+
+
+class BankInfo(BankSettings):
+    """What `bank.json` holds; `fingerprint` is that of the patches."""
+
     fingerprint: str
     cases: tuple[CaseRecord, ...] = pydantic.Field(min_length=1)
-
-    @pydantic.field_validator("dtype")
-    @classmethod
-    def _plain_numbers(cls, value: str) -> str:
-        try:
-            dtype = np.dtype(value)
-        except (TypeError, ValueError, SyntaxError):
-            dtype = np.dtype(object)
-        if dtype.kind not in "iuf" or dtype.itemsize > 8:
-            raise ValueError("expected integers or floats of at most 8 bytes")
-        return value
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
@@ -258,8 +240,7 @@ def open_bank(folder: str | Path, *, verify: bool = False) -> PatchBank:
     FileError
         If a file is missing, damaged or cut short, or the files disagree.
     """
-    folder, again = Path(folder), "delete the bank and write it again"
-    record = folder / "bank.json"
+    record, file, corners = (Path(folder, n) for n in ("bank.json", "patches.npy", "positions.npy"))
     if not record.is_file():
         raise FileError(f"{folder}: no patch bank (bank.json is missing); write it with write_bank")
     try:
@@ -267,22 +248,20 @@ def open_bank(folder: str | Path, *, verify: bool = False) -> PatchBank:
         for window in (info.window, *(case.window for case in info.cases)):
             Window.from_dict(window)
     except MMSRError as e:
-        text = str(e).removeprefix(f"{record}: ")
-        raise FileError(f"{record}: {text}; {again}") from e
-    count = sum(case.taken for case in info.cases)
-    patches = _open_array(folder / "patches.npy", (count, info.size, info.size), info.dtype)
-    positions = _open_array(folder / "positions.npy", (count, 4), np.dtype(np.int32).str)
+        raise _damaged(record, str(e).removeprefix(f"{record}: ")) from e
     numbers = np.repeat(np.arange(len(info.cases)), [case.taken for case in info.cases])
+    patches = _open_array(file, (len(numbers), info.size, info.size), info.dtype)
+    positions = _open_array(corners, (len(numbers), 4), np.dtype(np.int32).str)
     if not np.array_equal(positions[:, 0], numbers):
-        raise FileError(
-            f"{folder / 'positions.npy'}: does not number the cases as bank.json does; {again}"
-        )
-    if verify and fingerprint(folder / "patches.npy") != info.fingerprint:
-        raise FileError(
-            f"{folder / 'patches.npy'}: is not what was written, its fingerprint differs from that "
-            f"in bank.json; {again}"
-        )
+        raise _damaged(corners, "does not number the cases as bank.json does")
+    if verify and fingerprint(file) != info.fingerprint:
+        raise _damaged(file, "is not what was written: its fingerprint differs from bank.json")
     return PatchBank(patches, info, np.asarray(positions))
+
+
+def _damaged(file: Path, what: str) -> FileError:
+    """Say what is wrong with a file of a bank, and what to do."""
+    return FileError(f"{file}: {what}; delete the bank and write it again")
 
 
 def _open_array(file: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
@@ -290,54 +269,49 @@ def _open_array(file: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as e:
-        raise FileError(f"{file}: cannot be read ({e}); delete the bank and write it again") from e
-    if (array.shape, array.dtype.str) != (shape, dtype):
-        raise FileError(
-            f"{file}: expected {shape} of {dtype} as bank.json says, got {array.shape} of "
-            f"{array.dtype.str}; delete the bank and write it again"
-        )
+        raise _damaged(file, f"cannot be read ({e})") from e
+    if (found := (array.shape, array.dtype.str)) != (shape, dtype):
+        raise _damaged(file, f"expected {shape} of {dtype}, got {found[0]} of {found[1]}")
     return array
 
 # %% ../../nbs/1_data/06_patches.ipynb #90c7521c
 def _check_case(case: PatchCase) -> None:
     """Refuse a case whose mask does not fit, or whose voxels are not all finite."""
-    array = case.volume.array
-    if array.ndim != 3 or array.shape != case.mask.shape:
+    array, shape = case.volume.array, case.volume.array.shape
+    if len(shape) != 3 or shape != case.mask.shape:
         raise ShapeError(
-            f"case {case.name}: expected a mask of the volume's shape {array.shape}, got "
+            f"case {case.name}: expected a mask of the volume's shape {shape}, got "
             f"{case.mask.shape}; make the mask from this volume"
         )
     for z, plane in enumerate(array if array.dtype.kind == "f" else ()):
         if not np.isfinite(plane).all():
-            y, x = (int(i) for i in np.argwhere(~np.isfinite(plane))[0])
+            y, x = np.argwhere(~np.isfinite(plane))[0]
             raise RangeError(
-                f"case {case.name}: {plane[y, x]} at z {z}, y {y}, x {x}; expected finite values; "
-                "replace them by air before cutting patches"
+                f"case {case.name}: {plane[y, x]} at z {z}, y {y}, x {x}; replace such values by air"
             )
 
 
-def _fill(case: PatchCase, window: Window, settings: dict[str, Any], file: Any) -> tuple[Any, Any]:
+def _fill(
+    case: PatchCase, window: Window, settings: BankSettings, file: IO[bytes]
+) -> tuple[np.ndarray, dict[str, int]]:
     """Append the case's patches to `file`; return their corners and the counts of rejects."""
-    size, per_case, array = settings["size"], settings["per_case"], case.volume.array
-    corners: list[np.ndarray] = []
+    size, array, corners = settings.size, case.volume.array, []
     rejected = {"flat": 0, "air": 0}
-    for block in _centres(case.mask, size, seeded(settings["seed"], "patches", case.name)):
-        for corner in block:
-            z, y, x = corner
+    for block in _centres(case.mask, size, seeded(settings.seed, "patches", case.name)):
+        for z, y, x in block:
             patch = np.ascontiguousarray(array[z, y : y + size, x : x + size])
-            limits = settings["min_spread"], settings["min_tissue"]
-            if reason := reject_reason(patch, window, *limits):
+            reason = reject_reason(patch, window, settings.min_spread, settings.min_tissue)
+            if reason:
                 rejected[reason] += 1
                 continue
             file.write(patch.data)
-            corners.append(corner)
-            if len(corners) == per_case:
+            corners.append((z, y, x))
+            if len(corners) == settings.per_case:
                 return np.array(corners), rejected
         if sum(rejected.values()) > DRAWS + 20 * len(corners):
             raise RangeError(
-                f"case {case.name}: of {sum(rejected.values()) + len(corners)} patches drawn, "
-                f"{rejected['flat']} are flat and {rejected['air']} mostly air; look at the mask "
-                "and the window, or lower min_spread or min_tissue"
+                f"case {case.name}: beside {len(corners)} patches, {rejected['flat']} flat and "
+                f"{rejected['air']} mostly air were drawn; look at the mask and the window"
             )
     raise AssertionError("unreachable: _centres has no end")
 
@@ -354,12 +328,12 @@ def _record(case: PatchCase, window: Window) -> dict[str, Any]:
     }
 
 
-def _difference(old: BankInfo, wanted: dict[str, Any]) -> str:
+def _difference(old: BankInfo, settings: BankSettings, records: list[dict[str, Any]]) -> str:
     """Name what a bank on disk has otherwise than wanted; empty if nothing."""
-    pairs = [(name, getattr(old, name), value) for name, value in wanted.items() if name != "cases"]
-    for case, want in zip(old.cases, wanted["cases"], strict=False):
+    pairs = [(name, getattr(old, name), value) for name, value in settings]
+    for case, want in zip(old.cases, records, strict=False):
         pairs += [(f"case {want['name']}: {n}", getattr(case, n), want[n]) for n in want]
-    pairs.append(("number of cases", len(old.cases), len(wanted["cases"])))
+    pairs.append(("number of cases", len(old.cases), len(records)))
     return next((f"{n} {was} there, {new} wanted" for n, was, new in pairs if was != new), "")
 
 # %% ../../nbs/1_data/06_patches.ipynb #de0f9923
@@ -417,27 +391,22 @@ def write_bank(
     names = [case.name for case in ordered]
     if not names or len(set(names)) < len(names):
         raise SettingsError(f"cases: expected one or more, with names that differ, got {names}")
-    if modality not in ("clinical", "micro") or per_case < 1:
-        raise SettingsError(
-            f"modality, per_case: expected clinical or micro, and 1 or more, got {modality!r} and "
-            f"{per_case}"
-        )
     kinds = {case.volume.array.dtype.str for case in ordered}
     if len(kinds) > 1:
         raise ShapeError(
             f"cases: expected one number type in a bank, got {', '.join(sorted(kinds))}; convert "
             "the volumes, or write a bank for each"
         )
-    settings: dict[str, Any] = {
+    settings = BankSettings.read({
         "modality": modality, "size": size, "per_case": per_case, "seed": seed,
         "window": window.to_dict(), "min_spread": min_spread, "min_tissue": min_tissue,
         "dtype": kinds.pop(),
-    }  # fmt: skip
+    })  # fmt: skip
     records = [_record(case, window) for case in ordered]
     replace = overwrite and (folder / "bank.json").is_file()  # never a folder of something else
     if not replace and folder.exists() and (folder.is_file() or any(folder.iterdir())):
         bank = open_bank(folder)
-        if difference := _difference(bank.info, {**settings, "cases": records}):
+        if difference := _difference(bank.info, settings, records):
             raise SettingsError(
                 f"{folder}: another patch bank is there ({difference}); choose another folder, "
                 "or pass overwrite=True"
@@ -452,20 +421,16 @@ def _write_files(
     folder: Path,
     cases: Sequence[PatchCase],
     window: Window,
-    settings: dict[str, Any],
+    settings: BankSettings,
     records: list[dict[str, Any]],
 ) -> None:
     """Write the bank beside `folder`, then rename it."""
-    size = settings["size"]
-    header = {
-        "descr": settings["dtype"],
-        "fortran_order": False,
-        "shape": (len(cases) * settings["per_case"], size, size),
-    }
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        positions = []
-        with open(temporary / "patches.npy", "wb") as file:
+    shape = (len(cases) * settings.per_case, settings.size, settings.size)
+    header, positions = {"descr": settings.dtype, "fortran_order": False, "shape": shape}, []
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as private:
+        made = Path(private, "bank")  # with the rights that the user gives new folders
+        made.mkdir()
+        with open(made / "patches.npy", "wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
             for i, (case, record) in enumerate(zip(cases, records, strict=True)):
                 corners, rejected = _fill(case, case.window or window, settings, file)
@@ -474,18 +439,13 @@ def _write_files(
                 record |= {f"rejected_{reason}": count for reason, count in rejected.items()}
             file.flush()
             os.fsync(file.fileno())
-        np.save(temporary / "positions.npy", np.concatenate(positions).astype(np.int32))
-        content = fingerprint(temporary / "patches.npy")
-        info = BankInfo.read({**settings, "fingerprint": content, "cases": tuple(records)})
-        write_json(temporary / "bank.json", info.model_dump(mode="json"))
+        np.save(made / "positions.npy", np.concatenate(positions).astype(np.int32))
+        content = {"fingerprint": fingerprint(made / "patches.npy"), "cases": tuple(records)}
+        info = BankInfo.read({**settings.model_dump(), **content})
+        write_json(made / "bank.json", info.model_dump(mode="json"))
         if folder.exists():  # a folder cannot be renamed over one that is not empty
             shutil.rmtree(folder)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)  # mkdtemp makes it private
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.replace(made, folder)
 
 # %% ../../nbs/1_data/06_patches.ipynb #977ab879
 def refuse_overlap(train: BankInfo, test: BankInfo) -> None:

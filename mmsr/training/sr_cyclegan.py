@@ -7,9 +7,8 @@ __all__ = ['COLUMNS', 'SRCycleGANSettings', 'cyclegan_settings', 'Networks', 'ne
            'GeneratorLosses', 'middle', 'generator_losses', 'sr_cyclegan_loop', 'identity_outputs', 'train_sr_cyclegan']
 
 # %% ../../nbs/4_training/07_sr_cyclegan.ipynb #542d48fa
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import pydantic
 import torch
@@ -18,13 +17,7 @@ from torch import Tensor
 from ..core import seeded
 from ..data.patches import PatchBank
 from ..losses.gan import lsgan_discriminator_loss, lsgan_generator_loss, reconstruction_loss
-from mmsr.losses.mmsr import (
-    MMSRTerms,
-    enlarge,
-    identity_loss,
-    mmsr_loss,
-    mmsr_terms_on_small_grid,
-)
+from ..losses.mmsr import MMSRTerms, enlarge, identity_loss, mmsr_loss, mmsr_terms
 from ..networks.discriminators import PatchDiscriminator, build_discriminator
 from mmsr.networks.generators import (
     G1,
@@ -35,10 +28,9 @@ from mmsr.networks.generators import (
     ResnetSettings,
 )
 from ..networks.weights import AnyG1, AnyG2, build_g1, build_g2
-from .distributed import make_fabric
+from .distributed import Fabric, make_fabric
 from .health import HealthMetrics, health_metrics, preview_rows
 from mmsr.training.run import (
-    DEFAULT_OPTIONS,
     Loop,
     RunOptions,
     Step,
@@ -49,7 +41,14 @@ from mmsr.training.run import (
     place_networks,
     run_to_end,
 )
-from .settings import Baseline, LoopSettings, Preset, method_name, preset_settings
+from mmsr.training.settings import (
+    Baseline,
+    Changes,
+    LoopSettings,
+    Preset,
+    method_name,
+    preset_settings,
+)
 from mmsr.training.steps import (
     DiscriminatorLosses,
     Gradients,
@@ -67,9 +66,6 @@ from mmsr.training.steps import (
     split_scores,
     update_average,
 )
-
-if TYPE_CHECKING:
-    from lightning_fabric import Fabric
 
 # %% ../../nbs/4_training/07_sr_cyclegan.ipynb #b1c4eede
 class SRCycleGANSettings(LoopSettings):
@@ -95,7 +91,7 @@ class SRCycleGANSettings(LoopSettings):
     pool_size: int = pydantic.Field(default=50, ge=0, le=100_000)
 
     @pydantic.model_validator(mode="after")
-    def _scales_agree(self) -> "SRCycleGANSettings":
+    def _scales_agree(self) -> Self:
         if self.g1.scale != self.g2.scale:
             raise ValueError(f"g1.scale {self.g1.scale} and g2.scale {self.g2.scale} differ")
         if self.enlarged_input and self.g1.scale != 1:
@@ -131,10 +127,7 @@ _SAME_SIZE = {
 
 
 def cyclegan_settings(
-    preset: Preset = "default",
-    changes: Mapping[str, Any] | None = None,
-    *,
-    baseline: Baseline | None = None,
+    preset: Preset = "default", changes: Changes = None, *, baseline: Baseline | None = None
 ) -> SRCycleGANSettings:
     """Write down the settings of SR-CycleGAN, or of CycleGAN as its baseline (R14).
 
@@ -236,7 +229,7 @@ def generator_losses(
         same_x = identity_loss(x, outputs.x_same)
     if outputs.y_same is not None:
         same_y = identity_loss(middle(y, x.shape[-1]), outputs.y_same)
-    mmsr = mmsr_terms_on_small_grid(x, outputs.x_sr, y, outputs.y_lr, settings.mmsr)
+    mmsr = mmsr_terms(x, outputs.x_sr, y, outputs.y_lr, settings.mmsr)
     original = (
         settings.adversarial * (adversarial_x + adversarial_y)
         + settings.cycle * (cycle_x + cycle_y)
@@ -254,7 +247,7 @@ def sr_cyclegan_loop(
     x_bank: PatchBank,
     y_bank: PatchBank,
     folder: str | Path,
-    fabric: "Fabric",
+    fabric: Fabric,
     options: RunOptions,
 ) -> Loop:
     """Make the steps of SR-CycleGAN or, without the MMSR terms, of CycleGAN (Sec. 2.3, Eq. 4)."""
@@ -332,8 +325,8 @@ def train_sr_cyclegan(
     y_bank: PatchBank,
     folder: str | Path,
     *,
-    fabric: "Fabric | None" = None,
-    options: RunOptions = DEFAULT_OPTIONS,
+    fabric: Fabric | None = None,
+    options: RunOptions = RunOptions(),
 ) -> TrainedRun:
     """Train SR-CycleGAN or CycleGAN, or go on where an earlier call stopped (Sec. 2.3, Eq. 4, R14).
 

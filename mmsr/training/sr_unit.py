@@ -7,9 +7,9 @@ __all__ = ['COLUMNS', 'SRUNITSettings', 'unit_settings', 'SRUNITNetworks', 'netw
            'translate', 'generator_losses', 'sr_unit_loop', 'train_sr_unit']
 
 # %% ../../nbs/4_training/08_sr_unit.ipynb #8b2aec20
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import pydantic
 import torch
@@ -22,7 +22,7 @@ from mmsr.losses.gan import (
     lsgan_generator_loss,
     reconstruction_loss,
 )
-from ..losses.mmsr import MMSRTerms, mmsr_loss, mmsr_terms_on_small_grid
+from ..losses.mmsr import MMSRTerms, mmsr_loss, mmsr_terms
 from ..networks.discriminators import PatchDiscriminator, build_discriminator
 from mmsr.networks.unit import (
     Decoder,
@@ -32,10 +32,9 @@ from mmsr.networks.unit import (
     UNITSettings,
     build_unit,
 )
-from .distributed import make_fabric
+from .distributed import Fabric, make_fabric
 from .health import HealthMetrics, health_metrics, preview_rows
 from mmsr.training.run import (
-    DEFAULT_OPTIONS,
     Loop,
     RunOptions,
     Step,
@@ -46,7 +45,14 @@ from mmsr.training.run import (
     place_networks,
     run_to_end,
 )
-from .settings import Baseline, LoopSettings, Preset, method_name, preset_settings
+from mmsr.training.settings import (
+    Baseline,
+    Changes,
+    LoopSettings,
+    Preset,
+    method_name,
+    preset_settings,
+)
 from .sr_cyclegan import weights_generator
 from mmsr.training.steps import (
     DiscriminatorLosses,
@@ -64,9 +70,6 @@ from mmsr.training.steps import (
     split_scores,
     update_average,
 )
-
-if TYPE_CHECKING:
-    from lightning_fabric import Fabric
 
 # %% ../../nbs/4_training/08_sr_unit.ipynb #7935167c
 class SRUNITSettings(LoopSettings):
@@ -93,13 +96,11 @@ class SRUNITSettings(LoopSettings):
     halve_every: pydantic.NonNegativeInt = 25_000
 
     @pydantic.model_validator(mode="after")
-    def _sizes_agree(self) -> "SRUNITSettings":
+    def _sizes_agree(self) -> Self:
         if self.unit.enlarged != 1:
             raise ValueError("unit.enlarged: expected 1 in training; enlarged_input does it (R14)")
         if self.enlarged_input and self.unit.scale != 1:
-            raise ValueError(
-                "enlarged_input: expected networks that keep the size (halvings alike)"
-            )
+            raise ValueError("enlarged_input: expected networks that keep the size")
         return self
 
 
@@ -121,10 +122,7 @@ _SAME_SIZE = {
 
 
 def unit_settings(
-    preset: Preset = "default",
-    changes: Mapping[str, Any] | None = None,
-    *,
-    baseline: Baseline | None = None,
+    preset: Preset = "default", changes: Changes = None, *, baseline: Baseline | None = None
 ) -> SRUNITSettings:
     """Write down the settings of SR-UNIT, or of UNIT as its baseline (R13, R14).
 
@@ -236,7 +234,7 @@ def generator_losses(
     cycle_x = reconstruction_loss(x, outputs.x_cycle)
     cycle_y = reconstruction_loss(y, outputs.y_cycle)
     latent = torch.stack([latent_loss(z) for z in outputs.latents]).sum()
-    mmsr = mmsr_terms_on_small_grid(x, outputs.x_sr, y, outputs.y_lr, settings.mmsr)
+    mmsr = mmsr_terms(x, outputs.x_sr, y, outputs.y_lr, settings.mmsr)
     original = (
         settings.adversarial * (adversarial_x + adversarial_y)
         + settings.reconstruction * (reconstruction_x + reconstruction_y)
@@ -255,7 +253,7 @@ def sr_unit_loop(
     x_bank: PatchBank,
     y_bank: PatchBank,
     folder: str | Path,
-    fabric: "Fabric",
+    fabric: Fabric,
     options: RunOptions,
 ) -> Loop:
     """Make the steps of SR-UNIT or, without the MMSR terms, of UNIT (Sec. 2.3, Eq. 4, R13)."""
@@ -310,8 +308,8 @@ def train_sr_unit(
     y_bank: PatchBank,
     folder: str | Path,
     *,
-    fabric: "Fabric | None" = None,
-    options: RunOptions = DEFAULT_OPTIONS,
+    fabric: Fabric | None = None,
+    options: RunOptions = RunOptions(),
 ) -> TrainedRun:
     """Train SR-UNIT or UNIT, or go on where an earlier call stopped (Sec. 2.3, Eq. 4, R13, R14).
 

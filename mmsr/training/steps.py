@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['Network', 'Scores', 'ImagePool', 'learning_rate_factor', 'set_learning_rate', 'halving_factor', 'frozen',
-           'split_scores', 'averaged_copy', 'update_average', 'adam', 'optimise', 'reduce_and_clip_gradients',
-           'StepNoise', 'DiscriminatorLosses', 'Gradients', 'columns_of', 'numbers_of', 'Meter', 'shown_losses',
-           'enlarge_input', 'with_input_enlargement']
+           'split_scores', 'averaged_copy', 'update_average', 'adam', 'optimise', 'StepNoise', 'DiscriminatorLosses',
+           'Gradients', 'columns_of', 'numbers_of', 'Meter', 'shown_losses', 'enlarge_input', 'with_input_enlargement']
 
 # %% ../../nbs/4_training/04_steps.ipynb #4785cc99
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,15 +23,13 @@ from ..core import FileError, seeded
 from ..losses.mmsr import MMSRTerms
 from ..networks.generators import G1
 from mmsr.training.distributed import (
+    Fabric,
     all_reduce_mean,
     average_gradients,
     sharded_normal,
     step_generator,
 )
 from .settings import LoopSettings
-
-if TYPE_CHECKING:
-    from lightning_fabric import Fabric
 
 # %% ../../nbs/4_training/04_steps.ipynb #d6c5e37d
 class ImagePool:
@@ -42,7 +39,7 @@ class ImagePool:
     every image through. This process keeps its own slots.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int, name: str, fabric: "Fabric") -> None:
+    def __init__(self, size: int, batch_size: int, seed: int, name: str, fabric: Fabric) -> None:
         self.capacity = max(size // batch_size, 1) if size else 0
         self.batch_size, self.seed, self.name, self.fabric = batch_size, seed, name, fabric
         self.images: Tensor | None = None  # [own slots, capacity, c, h, w]
@@ -55,16 +52,15 @@ class ImagePool:
         images = images.detach()
         if not self.capacity:
             return images
-        if self.images is None and step:
-            raise FileError(f"step {step}: the checkpoint held no images of the pool {self.name}")
         if self.images is None:
+            if step:
+                raise FileError(f"step {step}: the checkpoint held no images of pool {self.name}")
             self.images = images.new_zeros(len(images), self.capacity, *images.shape[1:])
         if step < self.capacity:  # not full yet
             self.images[:, step] = images
             return images
-        random = seeded(self.seed, "pool", self.name, step)
-        first = self.fabric.global_rank * len(images)
-        own = slice(first, first + len(images))
+        random, rank = seeded(self.seed, "pool", self.name, step), self.fabric.global_rank
+        own = slice(rank * len(images), (rank + 1) * len(images))
         swapped = np.flatnonzero(random.random(self.batch_size)[own] < 0.5)
         places = random.integers(self.capacity, size=self.batch_size)[own][swapped]
         if not len(swapped):
@@ -162,25 +158,16 @@ def adam(settings: LoopSettings, *networks: nn.Module) -> Adam:
     return Adam(weights, betas=settings.betas, weight_decay=settings.weight_decay, fused=True)
 
 
-def optimise(fabric: "Fabric", optimiser: Adam, loss: Tensor, clip: float) -> Tensor:
-    """Step down the gradient of a loss; return the gradient's length."""
+def optimise(fabric: Fabric, optimiser: Adam, loss: Tensor, clip: float) -> Tensor:
+    """Step down the gradient of a loss, limited to length `clip` (0: not); return its length."""
     optimiser.zero_grad()
     loss.backward()
-    length = reduce_and_clip_gradients(fabric, optimiser, clip)
-    optimiser.step()
-    return length
-
-
-def reduce_and_clip_gradients(
-    fabric: "Fabric", optimiser: torch.optim.Optimizer, clip: float = 0.0
-) -> Tensor:
-    """Average gradients over all processes; return their length before it is limited to `clip`."""
     parameters = [p for group in optimiser.param_groups for p in group["params"]]
     average_gradients(fabric, parameters)
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    length = nn.utils.get_total_norm(gradients)
+    length = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if clip:
         nn.utils.clip_grads_with_norm_(parameters, clip, length)
+    optimiser.step()
     return length
 
 # %% ../../nbs/4_training/04_steps.ipynb #00da5909
@@ -188,7 +175,7 @@ class StepNoise:
     """Normal noise of one step, drawn one batch after another, `strength` its deviation."""
 
     def __init__(
-        self, seed: int, step: int, fabric: "Fabric", channels: int, strength: float = 1.0
+        self, seed: int, step: int, fabric: Fabric, channels: int, strength: float = 1.0
     ) -> None:
         self.random = step_generator(seed, step, fabric.device)
         self.fabric, self.channels, self.strength = fabric, channels, strength
@@ -229,7 +216,7 @@ def numbers_of(*results: tuple[Any, ...]) -> dict[str, Tensor]:
 class Meter:
     """Add up the numbers of steps on the device, and average them over steps and processes."""
 
-    def __init__(self, columns: Sequence[str], fabric: "Fabric") -> None:
+    def __init__(self, columns: Sequence[str], fabric: Fabric) -> None:
         self.columns, self.fabric, self.count = list(columns), fabric, 0
         self.sums = torch.zeros(len(self.columns), dtype=torch.float64, device=fabric.device)
 
