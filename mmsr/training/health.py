@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['HealthMetrics', 'health_metrics', 'hu_per_unit', 'DivergenceError', 'HealthError', 'check_finite',
-           'check_finite_weights', 'diagnose', 'check_health', 'preview_patches', 'preview_rows', 'preview_picture']
+           'check_finite_weights', 'diagnose', 'check_health', 'preview_patches', 'preview_rows', 'save_preview',
+           'preview_picture']
 
 # %% ../../nbs/4_training/05_health.ipynb #516855b0
 import io
@@ -12,6 +13,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import MMSRError
+from ..core import MMSRError, atomic_write
 from ..data.patches import PatchBank
 from ..data.windows import Window
 from ..losses.mmsr import enlarge
@@ -159,6 +161,14 @@ def preview_rows(
     rows |= {"y": y, "G2(y)": y_lr, "G1(G2(y))": g1(y_lr)}
     g1.train(training)
     return rows
+
+
+def save_preview(path: Path, rows: Mapping[str, Tensor]) -> bytes:
+    """Draw rows of patches into a file; return the picture."""
+    png = preview_picture(rows)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(png)
+    return png
 
 
 def preview_picture(rows: Mapping[str, Tensor]) -> bytes:

@@ -6,7 +6,7 @@
 __all__ = ['UNREADABLE', 'CHECKPOINT_FORMAT', 'CHANGEABLE_ON_RESUME', 'RENAMED', 'write_history', 'read_history',
            'TensorBoardLog', 'save_checkpoint', 'list_checkpoints', 'remove_old_checkpoints', 'load_checkpoint',
            'latest_checkpoint', 'load_state', 'locked', 'RunFolder', 'old_words', 'check_same_run', 'differences',
-           'open_run']
+           'restore', 'open_run']
 
 # %% ../../nbs/4_training/01_run_folder.ipynb #fb653adf
 import csv
@@ -310,6 +310,14 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
     texts = [json.dumps(value, ensure_ascii=False) for value in (old, new)]
     short = [text if len(text) < 40 else f"{text[:37]}..." for text in texts]
     return [] if texts[0] == texts[1] else [f"{name[1:]}: {short[0]} → {short[1]}"]
+
+
+def restore(run: RunFolder, found: str, config: Mapping[str, Any], parts: Mapping[str, Any]) -> int:
+    """Put a training back as a checkpoint of this very run has it; return the step."""
+    state, folder = load_checkpoint(run.checkpoints / found), run.config.parent
+    check_same_run(folder, state.get("config"), config)
+    load_state(parts, state, f"{folder}/checkpoints/{found}")
+    return int(state["step"])
 
 # %% ../../nbs/4_training/01_run_folder.ipynb #6cbe179d
 def open_run(

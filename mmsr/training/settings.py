@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Fraction', 'Beta', 'Preset', 'Baseline', 'Changes', 'LoopKind', 'NamedAnew', 'HealthSettings', 'LoopSettings',
-           'deep_update', 'preset_settings', 'method_name']
+           'deep_update', 'preset_settings']
 
 # %% ../../nbs/4_training/03_settings.ipynb #d08ab216
 from collections.abc import Mapping
@@ -126,6 +126,13 @@ class LoopSettings(NamedAnew):
     previews_every: pydantic.NonNegativeInt = 5000
     health: HealthSettings = HealthSettings()
 
+    def method(self, system: str) -> str:
+        """Name a system, by the paper's names and the reading of R14."""
+        if self.mmsr.active:
+            return f"SR-{system}"
+        networks = "b, same-size networks" if self.enlarged_input else "a, SR networks"
+        return f"{system} (R14{networks})"
+
 # %% ../../nbs/4_training/03_settings.ipynb #e4efc9bc
 def deep_update(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Lay changes over nested settings; one that names another `kind` replaces what was there."""
@@ -166,11 +173,3 @@ def preset_settings(
     if baseline == "same_size":
         values = deep_update(values, {**same_size, "enlarged_input": True})
     return kind.read(deep_update(values, changes or {}))
-
-
-def method_name(system: str, settings: LoopSettings) -> str:
-    """Name a system, by the paper's names and the reading of R14."""
-    if settings.mmsr.active:
-        return f"SR-{system}"
-    networks = "b, same-size networks" if settings.enlarged_input else "a, SR networks"
-    return f"{system} (R14{networks})"

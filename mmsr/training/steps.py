@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['Network', 'Scores', 'ImagePool', 'learning_rate_factor', 'set_learning_rate', 'halving_factor', 'frozen',
-           'split_scores', 'averaged_copy', 'update_average', 'adam', 'optimise', 'StepNoise', 'DiscriminatorLosses',
-           'Gradients', 'columns_of', 'numbers_of', 'Meter', 'shown_losses', 'enlarge_input', 'with_input_enlargement']
+           'split_scores', 'averaged_copy', 'update_average', 'adam', 'optimise', 'StepNoise', 'OtherNumbers',
+           'columns_of', 'numbers_of', 'Meter', 'shown_losses', 'enlarge_input', 'with_enlargement']
 
 # %% ../../nbs/4_training/04_steps.ipynb #4785cc99
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -76,11 +76,8 @@ class ImagePool:
         """Copy the images of all slots of all processes, each of which must call this."""
         if self.images is None:
             return {"images": None}
-        if self.fabric.world_size == 1:
-            return {"images": self.images.clone()}
-        parts = [torch.empty_like(self.images) for _ in range(self.fabric.world_size)]
-        torch.distributed.all_gather(parts, self.images)
-        return {"images": torch.cat(parts)}
+        slots = cast(Tensor, self.fabric.all_gather(self.images))  # with several, [processes, ...]
+        return {"images": slots.reshape(-1, *self.images.shape[1:]).clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what `state_dict` returned, on any number of processes."""
@@ -186,16 +183,11 @@ class StepNoise:
         return self.strength * sharded_normal(self.fabric, self.random, shape)
 
 # %% ../../nbs/4_training/04_steps.ipynb #2839ab73
-class DiscriminatorLosses(NamedTuple):
-    """Least-squares losses of the two discriminators."""
+class OtherNumbers(NamedTuple):
+    """Losses of the discriminators, and lengths of both gradients before they are limited."""
 
     d_x: Tensor
     d_y: Tensor
-
-
-class Gradients(NamedTuple):
-    """Lengths of the gradients, before they are limited."""
-
     gradient_g: Tensor
     gradient_d: Tensor
 
@@ -216,16 +208,16 @@ def numbers_of(*results: tuple[Any, ...]) -> dict[str, Tensor]:
 class Meter:
     """Add up the numbers of steps on the device, and average them over steps and processes."""
 
-    def __init__(self, columns: Sequence[str], fabric: Fabric) -> None:
-        self.columns, self.fabric, self.count = list(columns), fabric, 0
+    def __init__(self, fabric: Fabric, *kinds: type[tuple[Any, ...]]) -> None:
+        self.columns, self.fabric, self.count = columns_of(*kinds), fabric, 0
         self.sums = torch.zeros(len(self.columns), dtype=torch.float64, device=fabric.device)
 
-    def add(self, numbers: Mapping[str, Tensor]) -> Tensor:
-        """Take in the numbers of a step; return them in the order of the columns."""
-        values = [numbers[name].detach().float() for name in self.columns]
-        newest = torch.stack(values).double()
+    def add(self, *results: tuple[Any, ...]) -> dict[str, Tensor]:
+        """Take in the results of a step, one of each kind; return its numbers by name."""
+        numbers = numbers_of(*results)
+        newest = torch.stack([value.detach().float() for value in numbers.values()]).double()
         self.sums, self.count = self.sums + newest, self.count + 1
-        return newest
+        return numbers
 
     def gather(self) -> dict[str, float]:
         """Average over processes and steps, to the six digits of a history."""
@@ -249,11 +241,12 @@ class Meter:
 # %% ../../nbs/4_training/04_steps.ipynb #1278104c
 def shown_losses(numbers: Mapping[str, float]) -> dict[str, str]:
     """Write losses for the progress bar, those of both domains added up; no zeros."""
+    hidden = ("total", "gradient_g", "gradient_d", "correlation", "drift_hu", "spread_hu")
     added: dict[str, float] = {}
     for name, value in numbers.items():
         pair = name.removesuffix("_x").removesuffix("_y")
         pair = "discriminators" if pair == "d" else pair
-        if name not in ("total", *Gradients._fields, "correlation", "drift_hu", "spread_hu"):
+        if name not in hidden:
             added[pair] = added.get(pair, 0.0) + value
     return {name: f"{value:.3g}" for name, value in added.items() if value}
 
@@ -263,7 +256,7 @@ def enlarge_input(x: Tensor, scale: int) -> Tensor:
     return F.interpolate(x, scale_factor=scale, mode="bicubic")
 
 
-def with_input_enlargement(g1: G1, scale: int) -> G1:
+def with_enlargement(g1: G1, scale: int) -> G1:
     """Copy a generator that keeps the size into one that enlarges first (R14)."""
     copied = copy.deepcopy(g1)
     settings = type(g1.settings).read({**g1.settings.model_dump(), "enlarged": scale})

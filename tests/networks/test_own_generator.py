@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mmsr.inference.memory import choose_tile, memory_needed
-from mmsr.inference.tiling import sr_slice
 from own_generator import Own, OwnSettings
 
 from mmsr.core import SettingsError, ShapeError, seeded
 from mmsr.data.patches import PatchBank, PatchCase, write_bank
 from mmsr.data.windows import Window
 from mmsr.inference import tiling
+from mmsr.inference.memory import choose_tile, memory_needed
+from mmsr.inference.tiling import sr_slice
 from mmsr.networks.layers import Convolution
 from mmsr.networks.weights import GENERATORS, ModelCard, build_g1, load_generator, save_generator
 from mmsr.training.sr_cyclegan import cyclegan_settings, train_sr_cyclegan
