@@ -416,16 +416,12 @@ def write_bank(
             )
         return bank
     with disk_errors(folder):
-        _write_files(folder, ordered, window, settings, records)
+        _write_files(folder, ordered, settings, records)
     return open_bank(folder)
 
 # %% ../../nbs/1_data/06_patches.ipynb #78b46d83
 def _write_files(
-    folder: Path,
-    cases: Sequence[PatchCase],
-    window: Window,
-    settings: BankSettings,
-    records: list[dict[str, Any]],
+    folder: Path, cases: Sequence[PatchCase], settings: BankSettings, records: list[dict[str, Any]]
 ) -> None:
     """Write the bank beside `folder`, then rename it."""
     shape = (len(cases) * settings.per_case, settings.size, settings.size)
@@ -436,7 +432,8 @@ def _write_files(
         with open(made / "patches.npy", "wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
             for i, (case, record) in enumerate(zip(cases, records, strict=True)):
-                corners, rejected = _fill(case, case.window or window, settings, file)
+                window = Window.from_dict(record["window"])
+                corners, rejected = _fill(case, window, settings, file)
                 positions.append(np.insert(corners, 0, i, axis=1))
                 record |= {"taken": len(corners)}
                 record |= {f"rejected_{reason}": count for reason, count in rejected.items()}

@@ -178,8 +178,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except OSError as e:
         raise FileError(f"{path}: cannot be read ({e.strerror or e})") from e
     except UNREADABLE as e:
-        kind = type(e).__name__  # what torch says can fill a page
-        raise FileError(f"{path}: is not a checkpoint, or is cut short or damaged ({kind})") from e
+        raise FileError(f"{path}: is not a checkpoint, or is damaged ({type(e).__name__})") from e
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
         raise FileError(f"{path}: is a torch file, but not a checkpoint of this version of mmsr")
     step = state.get("step")
@@ -332,9 +331,8 @@ def open_run(
     with disk_errors(folder):
         run.checkpoints.mkdir(parents=True, exist_ok=True)
         run.previews.mkdir(exist_ok=True)
-    names = [file.name for file in run]
     for leftover in Path(folder).rglob(".*.*"):  # of writes that were killed
-        if leftover.name[1:].startswith(("step-", *names)):
+        if leftover.name[1:].startswith(("step-", *(file.name for file in run))):
             leftover.unlink(missing_ok=True)
     try:
         _check_going_on(run, config)
@@ -352,8 +350,7 @@ def _check_going_on(run: RunFolder, config: Mapping[str, Any]) -> None:
     """Refuse a folder whose run is another, or cannot go on."""
     folder, checkpoints = run.config.parent, list_checkpoints(run.checkpoints)
     if run.weights.exists() and not checkpoints:
-        way_out = "use another run folder, or on_change=move"
-        raise FileError(f"{folder}: holds weights, and no checkpoint to go on from; {way_out}")
+        raise FileError(f"{folder}: holds weights, no checkpoint to go on from; use another folder")
     if run.config.exists():
         check_same_run(folder, read_json(run.config), config)
     elif checkpoints:

@@ -243,7 +243,7 @@ def sr_cyclegan_loop(
                 with fabric.autocast():
                     x_sr, y_lr = g1(x, noise(x)), g2(y)
                     x_cycle, y_cycle = g2(x_sr), g1(y_lr, noise(y_lr))
-                    same = identity_outputs(nets, x, y, x_sr, settings, noise)
+                    same = identity_outputs(nets, x, y, settings, noise)
                     score_y_lr, score_x_sr = d_x(y_lr), d_y(x_sr)
                 outputs = Outputs(x_sr, y_lr, x_cycle, y_cycle, *same)
                 g_losses = generator_losses(x, y, outputs, score_y_lr, score_x_sr, settings)
@@ -267,17 +267,12 @@ def sr_cyclegan_loop(
 
 # %% ../../nbs/4_training/07_sr_cyclegan.ipynb #85648594
 def identity_outputs(
-    nets: Networks,
-    x: Tensor,
-    y: Tensor,
-    x_sr: Tensor,
-    settings: SRCycleGANSettings,
-    noise: StepNoise,
+    nets: Networks, x: Tensor, y: Tensor, settings: SRCycleGANSettings, noise: StepNoise
 ) -> tuple[Tensor | None, Tensor | None]:
     """Give G2(g(x)) and G1(middle of y), where the identity terms ask for them (R5)."""
     same_x = same_y = None
     if settings.identity_x:
-        same_x = nets.g2(enlarge(x, x_sr.shape[-1] // x.shape[-1]))
+        same_x = nets.g2(enlarge(x, y.shape[-1] // x.shape[-1]))
     if settings.identity_y:
         small = middle(y, x.shape[-1])
         same_y = nets.g1(small, noise(small))

@@ -180,13 +180,10 @@ class GeneratorLosses(NamedTuple):
 
 
 def translate(
-    networks: SRUNITNetworks | UNITNetworks,
-    x: Tensor,
-    y: Tensor,
-    noise: Callable[[Tensor], Tensor],
+    nets: SRUNITNetworks | UNITNetworks, x: Tensor, y: Tensor, noise: Callable[[Tensor], Tensor]
 ) -> Outputs:
     """Encode, decode into both domains, and go back; `noise` is drawn for each latent (R13)."""
-    encode_x, encode_y, decode_x, decode_y = networks[:4]
+    encode_x, encode_y, decode_x, decode_y = nets[:4]
     z_x, z_y = encode_x(x), encode_y(y)
     h_x, h_y = z_x + noise(z_x), z_y + noise(z_y)
     x_rec, y_rec = decode_x(h_x), decode_y(h_y)

@@ -214,8 +214,8 @@ class Meter:
 
     def add(self, *results: tuple[Any, ...]) -> dict[str, Tensor]:
         """Take in the results of a step, one of each kind; return its numbers by name."""
-        numbers = numbers_of(*results)
-        newest = torch.stack([value.detach().float() for value in numbers.values()]).double()
+        numbers = {name: value.detach() for name, value in numbers_of(*results).items()}
+        newest = torch.stack([value.float() for value in numbers.values()]).double()
         self.sums, self.count = self.sums + newest, self.count + 1
         return numbers
 
