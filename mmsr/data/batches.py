@@ -14,12 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmsr.core import (
-    RangeError,
-    SettingsError,
-    ShapeError,
-    seeded,
-)
+from ..core import RangeError, SettingsError, ShapeError, seeded
 from .patches import PatchBank
 from .windows import AIR_LEVEL, Window
 
@@ -68,16 +63,16 @@ class UnpairedBatches(NamedTuple):
                 f"{h} of x_bank, got {big}; write one bank again, or swap them"
             )
         if step < 0 or self.batch_size < 1:
-            raise SettingsError(
-                f"step, batch_size: expected 0 or more and 1 or more, got {step} and "
-                f"{self.batch_size}"
-            )
+            got = f"{step} and {self.batch_size}"
+            raise SettingsError(f"step, batch_size: expected at least 0 and at least 1, got {got}")
         if not 0 <= self.degraded_fraction <= 1:
             raise SettingsError(f"degraded_fraction: expected 0 to 1, got {self.degraded_fraction}")
-        samples = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        before = self._degraded_before(samples)
+        samples = np.arange(step * self.batch_size, (step + 1) * self.batch_size + 1)
+        # Degraded samples before each; the small term is for fractions such as 0.1.
+        counts = np.floor(samples * self.degraded_fraction + 1e-6).astype(np.int64)
+        samples, before = samples[:-1], counts[:-1]
         degraded = self._places("degraded", self.y_bank, before)
-        degraded[self._degraded_before(samples + 1) == before] = -1
+        degraded[np.diff(counts) == 0] = -1
         return BatchIndices(
             self._places("x", self.x_bank, samples - before),  # a clinical patch is not skipped
             self._places("y", self.y_bank, samples),
@@ -85,10 +80,6 @@ class UnpairedBatches(NamedTuple):
             self._poses("y", step),
             degraded,
         )
-
-    def _degraded_before(self, samples: np.ndarray) -> np.ndarray:
-        """Count the degraded samples before each; the small term is for fractions such as 0.1."""
-        return np.floor(samples * self.degraded_fraction + 1e-6).astype(np.int64)
 
     def _places(self, side: str, bank: PatchBank, ranks: np.ndarray) -> np.ndarray:
         """Return the places in a bank of the samples with these ranks, pass after pass."""
@@ -110,26 +101,20 @@ class _ResidentBank:
         if not raw.dtype.isnative:  # torch knows one order of bytes
             raw = raw.astype(raw.dtype.newbyteorder("="))
         if raw.dtype.kind == "f" and not all(np.isfinite(patch).all() for patch in raw):
-            raise RangeError(
-                f"{bank.info.modality} bank: holds values that are not finite; write it again"
-            )
+            name = f"{bank.info.modality} bank"
+            raise RangeError(f"{name}: holds values that are not finite; write it again")
         with warnings.catch_warnings():  # a memory-mapped file is read-only, and is only read
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             tensor = torch.from_numpy(raw)
         self.unsigned = tensor.dtype == torch.uint16  # which torch cannot index
         self.raw = (tensor.view(torch.int16) if self.unsigned else tensor).to(device)
         windows = [Window.from_dict(case.window) for case in bank.info.cases]
-        of_patch = torch.from_numpy(bank.positions[:, 0].astype("int64"))
-        air, gain = (
-            torch.tensor([getattr(window, name) for window in windows], dtype=torch.float32)
-            for name in ("air", "gain")
-        )
-        self.air, self.gain = air[of_patch].to(device), gain[of_patch].to(device)
+        maps = torch.tensor([(w.air, w.gain) for w in windows], dtype=torch.float32)
+        self.air, self.gain = maps[torch.from_numpy(bank.positions[:, 0].copy())].to(device).T
         size = raw.shape[-1]
         grid = torch.arange(size * size).view(size, size)
-        turned = [torch.rot90(grid, pose % 4) for pose in range(8)]
-        poses = [t.flip(1) if pose >= 4 else t for pose, t in enumerate(turned)]
-        self.poses = torch.stack([pose.flatten() for pose in poses]).to(device)
+        turned = torch.stack([torch.rot90(grid, quarters) for quarters in range(4)])
+        self.poses = torch.cat([turned, turned.flip(2)]).flatten(1).to(device)
 
     def unit(self, places: np.ndarray) -> Tensor:
         """Return patches in [−1, 1], to the bit as `PatchBank.unit` does."""
@@ -168,10 +153,9 @@ class PatchLoader:
         part = batches.batch_size // fabric.world_size
         self.own = slice(fabric.global_rank * part, (fabric.global_rank + 1) * part)
         banks = batches.x_bank, batches.y_bank
-        self.resident = self.device.type == "cuda" and (
-            sum(bank.patches.nbytes for bank in banks)
-            < share * torch.cuda.mem_get_info(self.device)[0]
-        )
+        held = sum(bank.patches.nbytes for bank in banks)
+        on_gpu = self.device.type == "cuda"
+        self.resident = on_gpu and held < share * torch.cuda.mem_get_info(self.device)[0]
         place = self.device if self.resident else torch.device("cpu")
         self._x, self._y = (_ResidentBank(bank, place) for bank in banks)
 

@@ -28,10 +28,8 @@ def lsgan_discriminator_loss(
     """Ask for 1 on real and 0 on made images: half the sum of the two mean squares (R12)."""
     real, fake = _maps(real_scores), _maps(fake_scores)
     if len(real) != len(fake):
-        raise ShapeError(
-            f"fake_scores: expected as many scales as real_scores, {len(real)}, got {len(fake)}; "
-            "score both with one discriminator"
-        )
+        wanted = f"as many scales as real_scores, {len(real)}, got {len(fake)}"
+        raise ShapeError(f"fake_scores: expected {wanted}; score both with one discriminator")
     return 0.5 * (_distance(real, 1) + _distance(fake, 0))
 
 
@@ -48,10 +46,8 @@ def _distance(maps: Sequence[Tensor], target: float) -> Tensor:
 def reconstruction_loss(image: Tensor, answer: Tensor) -> Tensor:
     """Measure how far an image is from what came back of it: mean absolute difference (R6)."""
     if image.shape != answer.shape:
-        raise ShapeError(
-            f"answer: expected the shape of the image, {tuple(image.shape)}, "
-            f"got {tuple(answer.shape)}"
-        )
+        wanted, got = tuple(image.shape), tuple(answer.shape)
+        raise ShapeError(f"answer: expected the shape of the image, {wanted}, got {got}")
     return (image.float() - answer.float()).abs().mean()
 
 # %% ../../nbs/3_losses/01_gan.ipynb #2ecb80af

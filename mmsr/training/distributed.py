@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from ..core import MMSRError, ResourceError, SettingsError, seeded
 
-if TYPE_CHECKING:  # its import takes longer than that of all else together
+if TYPE_CHECKING:
     from lightning_fabric import Fabric
+else:  # its import takes longer than that of all else together
+    Fabric = Any
 
 # %% ../../nbs/4_training/02_distributed.ipynb #90e845c2
 def choose_device(name: str = "auto") -> torch.device:
@@ -29,14 +31,12 @@ def choose_device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise SettingsError(
-            f"device: expected auto, cpu, cuda or cuda:0, 1 and so on, got {name!r}"
-        )
-    number = int(name.partition(":")[2] or 0)  # torch wraps large numbers around
-    if name != "cpu" and number >= torch.cuda.device_count():
+        raise SettingsError(f"device: expected auto, cpu, cuda, cuda:0 and so on, got {name!r}")
+    number, there = int(name.partition(":")[2] or 0), torch.cuda.device_count()
+    if name != "cpu" and number >= there:  # torch wraps large numbers around
         raise ResourceError(
-            f"device: {name} asked for, but torch sees {torch.cuda.device_count()} GPUs; "
-            "take device cpu, or install torch for your GPU"
+            f"device: {name} asked for, but torch sees {there} GPUs; take device cpu, or install "
+            "torch for your GPU"
         )
     return torch.device(name)
 
@@ -59,12 +59,8 @@ def deterministic_fp32() -> Iterator[None]:
     The switches are those of the whole process; leaving the block puts them back.
     """
     cudnn = torch.backends.cudnn
-    switches = [
-        (cudnn, "enabled", True),
-        (cudnn, "benchmark", False),
-        (cudnn, "deterministic", True),
-        _tf32_switch(),
-    ]
+    switches = [(cudnn, "enabled", True), (cudnn, "benchmark", False)]
+    switches += [(cudnn, "deterministic", True), _tf32_switch()]
     before = [getattr(owner, name) for owner, name, _ in switches]
     try:
         for owner, name, position in switches:
@@ -75,7 +71,7 @@ def deterministic_fp32() -> Iterator[None]:
             setattr(owner, name, position)
 
 # %% ../../nbs/4_training/02_distributed.ipynb #91e4e5e9
-def make_fabric(device: str = "auto", devices: int = 1, precision: Precision = "32") -> "Fabric":
+def make_fabric(device: str = "auto", devices: int = 1, precision: Precision = "32") -> Fabric:
     """Choose devices and arithmetic, and join the other processes of the run if there are any.
 
     Parameters
@@ -115,22 +111,21 @@ def make_fabric(device: str = "auto", devices: int = 1, precision: Precision = "
             f"devices: {devices} asked for, but processes started on this node: {started}; "
             f"start them with torchrun --nproc-per-node={devices}, or srun"
         )
-    if chosen.type == "cuda" and started > torch.cuda.device_count():
-        raise ResourceError(
-            f"devices: {started} asked for, but torch sees {torch.cuda.device_count()} GPUs"
-        )
     many = started * nodes > 1
+    alone: int | list[int] = 1
     if chosen.type == "cuda":
+        if started > (there := torch.cuda.device_count()):
+            raise ResourceError(f"devices: {started} asked for, but torch sees {there} GPUs")
         torch.backends.cudnn.benchmark = True  # all batches of a run have one shape
         setattr(*_tf32_switch())
-    single = [chosen.index or 0] if chosen.type == "cuda" else 1
+        alone = [chosen.index or 0]
     # At its usual level it announces what was asked for.
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The `srun` command is available")
         fabric = Fabric(
             accelerator=chosen.type,
-            devices=started if many else single,
+            devices=started if many else alone,
             num_nodes=nodes,
             strategy="ddp" if many else "auto",
             precision=mode,
@@ -158,7 +153,7 @@ def _processes() -> tuple[int, int]:
 Result = TypeVar("Result")
 
 
-def on_rank_zero(fabric: "Fabric", action: Callable[[], Result]) -> Result:
+def on_rank_zero(fabric: Fabric, action: Callable[[], Result]) -> Result:
     """Let the first process do something; all get what it returned, or the error that it raised."""
     if fabric.world_size == 1:
         return action()
@@ -174,12 +169,12 @@ def on_rank_zero(fabric: "Fabric", action: Callable[[], Result]) -> Result:
     return cast(Result, result)
 
 
-def all_reduce_mean(fabric: "Fabric", values: Tensor) -> Tensor:
+def all_reduce_mean(fabric: Fabric, values: Tensor) -> Tensor:
     """Average a tensor, of one shape everywhere, over all processes."""
     return cast(Tensor, fabric.all_reduce(values, reduce_op="mean"))
 
 
-def average_gradients(fabric: "Fabric", parameters: Iterable[nn.Parameter]) -> None:
+def average_gradients(fabric: Fabric, parameters: Iterable[nn.Parameter]) -> None:
     """Replace each gradient by its mean over all processes; the order is the same in each."""
     if fabric.world_size == 1:
         return
@@ -196,7 +191,7 @@ def step_generator(seed: int, step: int, device: torch.device) -> torch.Generato
     return torch.Generator(device).manual_seed(start)
 
 
-def sharded_normal(fabric: "Fabric", random: torch.Generator, shape: tuple[int, ...]) -> Tensor:
+def sharded_normal(fabric: Fabric, random: torch.Generator, shape: tuple[int, ...]) -> Tensor:
     """Draw normal numbers for the whole batch; return this process's part, of `shape` (b, ...)."""
     whole = (fabric.world_size * shape[0], *shape[1:])
     drawn = torch.randn(whole, generator=random, device=fabric.device, dtype=torch.float32)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['HealthMetrics', 'health_metrics', 'hu_per_unit', 'DivergenceError', 'HealthError', 'check_finite',
-           'check_finite_weights', 'diagnose', 'check_health', 'preview_patches', 'preview_rows', 'preview_picture']
+           'check_finite_weights', 'diagnose', 'check_health', 'preview_patches', 'preview_rows', 'save_preview',
+           'preview_picture']
 
 # %% ../../nbs/4_training/05_health.ipynb #516855b0
 import io
@@ -12,6 +13,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import MMSRError
+from ..core import MMSRError, atomic_write
 from ..data.patches import PatchBank
 from ..data.windows import Window
+from ..losses.mmsr import enlarge
 from .settings import HealthSettings, LoopSettings
 
 # %% ../../nbs/4_training/05_health.ipynb #dd100526
@@ -61,14 +64,14 @@ class HealthError(MMSRError):
     """A run whose numbers are finite, and whose result could not be used."""
 
 
+_WAY_OUT = "the last checkpoint is kept; start a new run with a lower learning_rate"
+
+
 def check_finite(losses: Mapping[str, float], step: int) -> None:
     """Stop a run whose losses, or sums of them, are not numbers any more."""
     for name, value in losses.items():
         if not math.isfinite(value):
-            raise DivergenceError(
-                f"step {step}: '{name}' is {value}; the last checkpoint is kept; "
-                "start a new run with a lower learning_rate, or look at the patches"
-            )
+            raise DivergenceError(f"step {step}: '{name}' is {value}; {_WAY_OUT}")
 
 
 def check_finite_weights(networks: Mapping[str, nn.Module], step: int) -> None:
@@ -78,10 +81,8 @@ def check_finite_weights(networks: Mapping[str, nn.Module], step: int) -> None:
         sound = torch.stack([value.isfinite().all() for value in parameters.values()])
         for parameter, good in zip(parameters, sound.tolist(), strict=True):
             if not good:
-                raise DivergenceError(
-                    f"step {step}: the weight {name}.{parameter} is not finite; the last "
-                    "checkpoint is kept; start a new run with a lower learning_rate"
-                )
+                weight = f"{name}.{parameter}"
+                raise DivergenceError(f"step {step}: the weight {weight} is not finite; {_WAY_OUT}")
 
 # %% ../../nbs/4_training/05_health.ipynb #95922ddb
 def _is_idle(loss: float, limit: float) -> bool:
@@ -105,34 +106,22 @@ def diagnose(rows: Sequence[Mapping[str, float]], settings: HealthSettings, anat
     def below(name: str, limit: float | None) -> bool:
         return limit is not None and always(name, lambda value: value < limit)
 
-    now, least = last[-1], settings.discriminator_loss_min
-    for name, output in (("d_x", "g2"), ("d_y", "g1")):
+    now, least, drift = last[-1], settings.discriminator_loss_min, settings.drift_hu
+    for name in ("d_x", "d_y"):
+        which = f"the discriminator {name} has"
         if least is not None and always(name, partial(_is_idle, limit=least)):
-            return (
-                f"the discriminator {name} has given up (loss {now[name]:.4f}, as if every score "
-                "were the same); start a new run with another seed or a lower learning_rate"
-            )
+            return f"{which} given up (loss {now[name]:.4f}, as if all scores were one); change the seed"
         if below(name, least):
-            return (
-                f"the discriminator {name} has won (loss {now[name]:.2g}) and {output} learns "
-                "nothing from it; make it smaller or the learning_rate lower"
-            )
+            return f"{which} won (loss {now[name]:.2g}): no more to learn from it; make it smaller"
     if below("spread_hu", settings.spread_hu):
-        return (
-            f"the outputs are blank (standard deviation {now['spread_hu']:.2g} HU within a patch); "
-            "look at the windows and the patches, or lower the weights of the MMSR terms"
-        )
+        spread = f"standard deviation {now['spread_hu']:.2g} HU within a patch"
+        return f"the outputs are blank ({spread}); look at the patches, or lower the MMSR weights"
     if anatomy and below("correlation", settings.correlation):
-        return (
-            f"light and dark are exchanged (correlation of f(x_sr) with x {now['correlation']:.2f}); "
-            "raise the weights of the MMSR terms, or change the seed"
-        )
-    limit = settings.drift_hu
-    if anatomy and limit is not None and always("drift_hu", lambda value: value > limit):
-        return (
-            f"the mean of x_sr is {now['drift_hu']:.0f} HU away from that of x; look at the two "
-            "windows, or raise mmsr.down"
-        )
+        correlation = f"correlation of f(x_sr) with x {now['correlation']:.2f}"
+        return f"light and dark are exchanged ({correlation}); raise the MMSR weights"
+    if anatomy and drift is not None and always("drift_hu", lambda value: value > drift):
+        away = f"{now['drift_hu']:.0f} HU away from that of x"
+        return f"the mean of x_sr is {away}; look at the two windows, or raise mmsr.down"
     return ""
 
 # %% ../../nbs/4_training/05_health.ipynb #e20586c8
@@ -144,10 +133,8 @@ def check_health(rows: Sequence[Mapping[str, float]], settings: LoopSettings, wa
     anatomy, health, step = settings.mmsr.ties_anatomy, settings.health, rows[-1]["step"]
     verdict = diagnose(rows, health, anatomy)
     if verdict and anatomy and health.verdict == "stop":
-        raise HealthError(
-            f"step {step:.0f}: {verdict}; the last checkpoint is kept, health.verdict=warn goes on "
-            "from it"
-        )
+        kept = "the last checkpoint is kept, health.verdict=warn goes on from it"
+        raise HealthError(f"step {step:.0f}: {verdict}; {kept}")
     gist = verdict.split("(")[0]
     if verdict and gist != warned:
         warnings.warn(f"step {step:.0f}: {verdict}", stacklevel=4)
@@ -170,16 +157,18 @@ def preview_rows(
     training = g1.training
     g1.eval()
     x_sr, y_lr = g1(x), g2(y)
-    rows = {
-        "x": x,
-        "G1(x)": x_sr,
-        "G2(G1(x))": g2(x_sr),
-        "y": y,
-        "G2(y)": y_lr,
-        "G1(G2(y))": g1(y_lr),
-    }
+    rows = {"x": x, "G1(x)": x_sr, "G2(G1(x))": g2(x_sr)}
+    rows |= {"y": y, "G2(y)": y_lr, "G1(G2(y))": g1(y_lr)}
     g1.train(training)
     return rows
+
+
+def save_preview(path: Path, rows: Mapping[str, Tensor]) -> bytes:
+    """Draw rows of patches into a file; return the picture."""
+    png = preview_picture(rows)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(png)
+    return png
 
 
 def preview_picture(rows: Mapping[str, Tensor]) -> bytes:
@@ -190,11 +179,9 @@ def preview_picture(rows: Mapping[str, Tensor]) -> bytes:
     side = max(images.shape[-1] for images in rows.values())
     drawn = []
     for images in rows.values():
-        images = images.detach().float().cpu().repeat_interleave(side // images.shape[-1], 2)
-        images = images.repeat_interleave(side // images.shape[-1], 3)[:, 0]
-        drawn.append(
-            F.pad(torch.cat(list(F.pad(images, (2, 2), value=1.0)), 1), (0, 0, 2, 2), value=1.0)
-        )
+        large = enlarge(images.detach().float().cpu(), side // images.shape[-1])[:, 0]
+        row = torch.cat(list(F.pad(large, (2, 2), value=1.0)), 1)
+        drawn.append(F.pad(row, (0, 0, 2, 2), value=1.0))
     grey = ((torch.cat(drawn).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     left = 8 + 6 * max(map(len, rows))
     picture = PIL.Image.new("L", (left + grey.shape[1], grey.shape[0]), 255)

@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['Network', 'Scores', 'ImagePool', 'learning_rate_factor', 'set_learning_rate', 'halving_factor', 'frozen',
-           'split_scores', 'averaged_copy', 'update_average', 'adam', 'optimise', 'reduce_and_clip_gradients',
-           'StepNoise', 'DiscriminatorLosses', 'Gradients', 'columns_of', 'numbers_of', 'Meter', 'shown_losses',
-           'enlarge_input', 'with_input_enlargement']
+           'split_scores', 'averaged_copy', 'update_average', 'adam', 'optimise', 'StepNoise', 'OtherNumbers',
+           'columns_of', 'numbers_of', 'Meter', 'shown_losses', 'enlarge_input', 'with_enlargement']
 
 # %% ../../nbs/4_training/04_steps.ipynb #4785cc99
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -24,15 +23,13 @@ from ..core import FileError, seeded
 from ..losses.mmsr import MMSRTerms
 from ..networks.generators import G1
 from mmsr.training.distributed import (
+    Fabric,
     all_reduce_mean,
     average_gradients,
     sharded_normal,
     step_generator,
 )
 from .settings import LoopSettings
-
-if TYPE_CHECKING:
-    from lightning_fabric import Fabric
 
 # %% ../../nbs/4_training/04_steps.ipynb #d6c5e37d
 class ImagePool:
@@ -42,7 +39,7 @@ class ImagePool:
     every image through. This process keeps its own slots.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int, name: str, fabric: "Fabric") -> None:
+    def __init__(self, size: int, batch_size: int, seed: int, name: str, fabric: Fabric) -> None:
         self.capacity = max(size // batch_size, 1) if size else 0
         self.batch_size, self.seed, self.name, self.fabric = batch_size, seed, name, fabric
         self.images: Tensor | None = None  # [own slots, capacity, c, h, w]
@@ -55,16 +52,15 @@ class ImagePool:
         images = images.detach()
         if not self.capacity:
             return images
-        if self.images is None and step:
-            raise FileError(f"step {step}: the checkpoint held no images of the pool {self.name}")
         if self.images is None:
+            if step:
+                raise FileError(f"step {step}: the checkpoint held no images of pool {self.name}")
             self.images = images.new_zeros(len(images), self.capacity, *images.shape[1:])
         if step < self.capacity:  # not full yet
             self.images[:, step] = images
             return images
-        random = seeded(self.seed, "pool", self.name, step)
-        first = self.fabric.global_rank * len(images)
-        own = slice(first, first + len(images))
+        random, rank = seeded(self.seed, "pool", self.name, step), self.fabric.global_rank
+        own = slice(rank * len(images), (rank + 1) * len(images))
         swapped = np.flatnonzero(random.random(self.batch_size)[own] < 0.5)
         places = random.integers(self.capacity, size=self.batch_size)[own][swapped]
         if not len(swapped):
@@ -80,11 +76,8 @@ class ImagePool:
         """Copy the images of all slots of all processes, each of which must call this."""
         if self.images is None:
             return {"images": None}
-        if self.fabric.world_size == 1:
-            return {"images": self.images.clone()}
-        parts = [torch.empty_like(self.images) for _ in range(self.fabric.world_size)]
-        torch.distributed.all_gather(parts, self.images)
-        return {"images": torch.cat(parts)}
+        slots = cast(Tensor, self.fabric.all_gather(self.images))  # with several, [processes, ...]
+        return {"images": slots.reshape(-1, *self.images.shape[1:]).clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what `state_dict` returned, on any number of processes."""
@@ -162,25 +155,16 @@ def adam(settings: LoopSettings, *networks: nn.Module) -> Adam:
     return Adam(weights, betas=settings.betas, weight_decay=settings.weight_decay, fused=True)
 
 
-def optimise(fabric: "Fabric", optimiser: Adam, loss: Tensor, clip: float) -> Tensor:
-    """Step down the gradient of a loss; return the gradient's length."""
+def optimise(fabric: Fabric, optimiser: Adam, loss: Tensor, clip: float) -> Tensor:
+    """Step down the gradient of a loss, limited to length `clip` (0: not); return its length."""
     optimiser.zero_grad()
     loss.backward()
-    length = reduce_and_clip_gradients(fabric, optimiser, clip)
-    optimiser.step()
-    return length
-
-
-def reduce_and_clip_gradients(
-    fabric: "Fabric", optimiser: torch.optim.Optimizer, clip: float = 0.0
-) -> Tensor:
-    """Average gradients over all processes; return their length before it is limited to `clip`."""
     parameters = [p for group in optimiser.param_groups for p in group["params"]]
     average_gradients(fabric, parameters)
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    length = nn.utils.get_total_norm(gradients)
+    length = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if clip:
         nn.utils.clip_grads_with_norm_(parameters, clip, length)
+    optimiser.step()
     return length
 
 # %% ../../nbs/4_training/04_steps.ipynb #00da5909
@@ -188,7 +172,7 @@ class StepNoise:
     """Normal noise of one step, drawn one batch after another, `strength` its deviation."""
 
     def __init__(
-        self, seed: int, step: int, fabric: "Fabric", channels: int, strength: float = 1.0
+        self, seed: int, step: int, fabric: Fabric, channels: int, strength: float = 1.0
     ) -> None:
         self.random = step_generator(seed, step, fabric.device)
         self.fabric, self.channels, self.strength = fabric, channels, strength
@@ -199,16 +183,11 @@ class StepNoise:
         return self.strength * sharded_normal(self.fabric, self.random, shape)
 
 # %% ../../nbs/4_training/04_steps.ipynb #2839ab73
-class DiscriminatorLosses(NamedTuple):
-    """Least-squares losses of the two discriminators."""
+class OtherNumbers(NamedTuple):
+    """Losses of the discriminators, and lengths of both gradients before they are limited."""
 
     d_x: Tensor
     d_y: Tensor
-
-
-class Gradients(NamedTuple):
-    """Lengths of the gradients, before they are limited."""
-
     gradient_g: Tensor
     gradient_d: Tensor
 
@@ -229,16 +208,16 @@ def numbers_of(*results: tuple[Any, ...]) -> dict[str, Tensor]:
 class Meter:
     """Add up the numbers of steps on the device, and average them over steps and processes."""
 
-    def __init__(self, columns: Sequence[str], fabric: "Fabric") -> None:
-        self.columns, self.fabric, self.count = list(columns), fabric, 0
+    def __init__(self, fabric: Fabric, *kinds: type[tuple[Any, ...]]) -> None:
+        self.columns, self.fabric, self.count = columns_of(*kinds), fabric, 0
         self.sums = torch.zeros(len(self.columns), dtype=torch.float64, device=fabric.device)
 
-    def add(self, numbers: Mapping[str, Tensor]) -> Tensor:
-        """Take in the numbers of a step; return them in the order of the columns."""
-        values = [numbers[name].detach().float() for name in self.columns]
-        newest = torch.stack(values).double()
+    def add(self, *results: tuple[Any, ...]) -> dict[str, Tensor]:
+        """Take in the results of a step, one of each kind; return its numbers by name."""
+        numbers = {name: value.detach() for name, value in numbers_of(*results).items()}
+        newest = torch.stack([value.float() for value in numbers.values()]).double()
         self.sums, self.count = self.sums + newest, self.count + 1
-        return newest
+        return numbers
 
     def gather(self) -> dict[str, float]:
         """Average over processes and steps, to the six digits of a history."""
@@ -262,11 +241,12 @@ class Meter:
 # %% ../../nbs/4_training/04_steps.ipynb #1278104c
 def shown_losses(numbers: Mapping[str, float]) -> dict[str, str]:
     """Write losses for the progress bar, those of both domains added up; no zeros."""
+    hidden = ("total", "gradient_g", "gradient_d", "correlation", "drift_hu", "spread_hu")
     added: dict[str, float] = {}
     for name, value in numbers.items():
         pair = name.removesuffix("_x").removesuffix("_y")
         pair = "discriminators" if pair == "d" else pair
-        if name not in ("total", *Gradients._fields, "correlation", "drift_hu", "spread_hu"):
+        if name not in hidden:
             added[pair] = added.get(pair, 0.0) + value
     return {name: f"{value:.3g}" for name, value in added.items() if value}
 
@@ -276,7 +256,7 @@ def enlarge_input(x: Tensor, scale: int) -> Tensor:
     return F.interpolate(x, scale_factor=scale, mode="bicubic")
 
 
-def with_input_enlargement(g1: G1, scale: int) -> G1:
+def with_enlargement(g1: G1, scale: int) -> G1:
     """Copy a generator that keeps the size into one that enlarges first (R14)."""
     copied = copy.deepcopy(g1)
     settings = type(g1.settings).read({**g1.settings.model_dump(), "enlarged": scale})

@@ -248,7 +248,7 @@ def test_a_full_disk_while_the_patches_are_written(tmp_path):
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "try: write_bank(sys.argv[1], [case('a')], **{**SETTINGS, 'per_case': 200})\n"
-        "except FileError as e: print(e)\n"
+        "except ResourceError as e: print(e)\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "bank"), str(Path(__file__).parent)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)

@@ -70,22 +70,6 @@ def test_bf16_and_the_layout_change_little(done: Path, tmp_path: Path, system: s
     assert row["total"] != pytest.approx(last_row(tmp_path / "bf16")["total"], rel=1e-6)
 
 
-@pytest.mark.skipif(
-    not (os.environ.get("MMSR_SLOW") and shutil.which("g++")),
-    reason="minutes; runs with MMSR_SLOW=1 and a C++ compiler",
-)
-def test_compiled_networks_change_nothing_but_rounding(done: Path, tmp_path: Path) -> None:
-    short = SETTINGS.model_copy(update={"steps": 3, "previews_every": 3})
-    weights = []
-    for compiled in (False, True):
-        (tmp_path / str(compiled)).mkdir()
-        folder = start_anew(done, tmp_path / str(compiled), short)
-        run = train(folder, short.model_copy(update={"compile": compiled}))
-        weights.append(list(run.networks.g1.parameters()))
-    for plain, compiled_one in zip(*weights, strict=True):
-        torch.testing.assert_close(plain, compiled_one, rtol=0, atol=1e-4)
-
-
 def test_precision_belongs_to_the_run(stopped: Path) -> None:
     with pytest.raises(SettingsError, match='precision: "32-true" → "bf16-mixed"'):
         train(stopped, fabric=make_fabric("cpu", precision="bf16"))
