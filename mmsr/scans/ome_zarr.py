@@ -14,13 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mmsr.core import (
-    FileError,
-    GeometryError,
-    ResourceError,
-    ShapeError,
-    available_memory,
-)
+from ..core import FileError, GeometryError, ResourceError, ShapeError, available_memory
 from .slices import Format, ReadOptions, SliceSource
 from .tiff_stack import LENGTHS_MM
 from .volume_files import stack_of

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..core import seeded
 from ..data.patches import Banks, PatchBank
 from ..losses.gan import lsgan_discriminator_loss, lsgan_generator_loss, reconstruction_loss
-from ..losses.mmsr import MMSRTerms, enlarge, identity_loss, mmsr_loss, mmsr_terms
+from ..losses.mmsr import MMSRTerms, enlarge, identity_loss, mmsr_loss, mmsr_terms_on_small_grid
 from ..networks.discriminators import PatchDiscriminator
 from ..networks.generators import G1, G1Settings, G2Settings, ResnetSettings
 from ..networks.weights import AnyG1, AnyG2, build_g1, build_g2
@@ -200,7 +200,7 @@ def generator_losses(
         cycle_y=reconstruction_loss(y, outputs.y_cycle),
         identity_x=none if outputs.x_same is None else identity_loss(x, outputs.x_same),
         identity_y=none if outputs.y_same is None else identity_loss(small_y, outputs.y_same),
-        mmsr=mmsr_terms(x, outputs.x_sr, y, outputs.y_lr, settings.mmsr),
+        mmsr=mmsr_terms_on_small_grid(x, outputs.x_sr, y, outputs.y_lr, settings.mmsr),
     )
     original = (
         settings.adversarial * (losses.adversarial_x + losses.adversarial_y)
@@ -208,7 +208,7 @@ def generator_losses(
         + settings.identity_x * losses.identity_x
         + settings.identity_y * losses.identity_y
     )
-    return losses._replace(total=original + mmsr_loss(losses.mmsr, settings.mmsr))
+    return losses._replace(total=original + mmsr_loss(losses.mmsr, settings.mmsr))  # Eq. 4
 
 # %% ../../nbs/4_training/07_sr_cyclegan.ipynb #d09fd45a
 def sr_cyclegan_loop(

@@ -23,7 +23,7 @@ from mmsr.losses.gan import (
     lsgan_generator_loss,
     reconstruction_loss,
 )
-from ..losses.mmsr import MMSRTerms, mmsr_loss, mmsr_terms
+from ..losses.mmsr import MMSRTerms, mmsr_loss, mmsr_terms_on_small_grid
 from ..networks.discriminators import PatchDiscriminator
 from mmsr.networks.unit import (
     Decoder,
@@ -211,7 +211,7 @@ def generator_losses(
         cycle_x=reconstruction_loss(x, outputs.x_cycle),
         cycle_y=reconstruction_loss(y, outputs.y_cycle),
         latent=torch.stack([latent_loss(z) for z in outputs.latents]).sum(),
-        mmsr=mmsr_terms(x, outputs.x_sr, y, outputs.y_lr, settings.mmsr),
+        mmsr=mmsr_terms_on_small_grid(x, outputs.x_sr, y, outputs.y_lr, settings.mmsr),
     )
     original = (
         settings.adversarial * (losses.adversarial_x + losses.adversarial_y)
@@ -219,7 +219,7 @@ def generator_losses(
         + settings.cycle * (losses.cycle_x + losses.cycle_y)
         + settings.latent * losses.latent
     )
-    return losses._replace(total=original + mmsr_loss(losses.mmsr, settings.mmsr))
+    return losses._replace(total=original + mmsr_loss(losses.mmsr, settings.mmsr))  # Eq. 4
 
 # %% ../../nbs/4_training/08_sr_unit.ipynb #c0351cb9
 def sr_unit_loop(

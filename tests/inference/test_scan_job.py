@@ -20,11 +20,7 @@ from peak import PEAK_BYTES
 from mmsr.core import FileError, MMSRError, ResourceError, SettingsError, seeded
 from mmsr.data.volume import Volume, block_mean
 from mmsr.data.windows import CLINICAL_WINDOW
-from mmsr.inference.scan_job import (
-    ScanTargets,
-    plan_scan,
-    super_resolve_scan,
-)
+from mmsr.inference.scan_job import ScanTargets, plan_scan, super_resolve_scan
 from mmsr.inference.sr_slices import SROptions
 from mmsr.inference.super_resolve import super_resolve
 from mmsr.networks.generators import G1Settings, SRGenerator

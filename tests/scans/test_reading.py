@@ -25,14 +25,7 @@ from dicom_maker import chest, series
 from peak import PEAK_BYTES
 
 import mmsr.scans.read
-from mmsr.core import (
-    FileError,
-    GeometryError,
-    MMSRError,
-    ResourceError,
-    SettingsError,
-    ShapeError,
-)
+from mmsr.core import FileError, GeometryError, MMSRError, ResourceError, SettingsError, ShapeError
 from mmsr.data.volume import Volume
 from mmsr.scans.read import read_volume
 from mmsr.scans.scan_summary import info_picture, info_text, scan_info

@@ -21,14 +21,7 @@ from matplotlib.text import Text
 from peak import PEAK_BYTES
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from mmsr.core import (
-    RESEARCH_ONLY,
-    FileError,
-    GeometryError,
-    RangeError,
-    SettingsError,
-    ShapeError,
-)
+from mmsr.core import RESEARCH_ONLY, FileError, GeometryError, RangeError, SettingsError, ShapeError
 from mmsr.data.volume import Volume
 from mmsr.scans.read import read_volume
 from mmsr.scans.scan_summary import info_picture, info_text, scan_info
