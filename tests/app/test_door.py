@@ -17,6 +17,7 @@ def fresh(code: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.slow
 def test_import_loads_nothing() -> None:
     code = "import sys; before = set(sys.modules); import mmsr; print(*set(sys.modules) - before)"
     loaded = fresh(code).split()
@@ -25,6 +26,7 @@ def test_import_loads_nothing() -> None:
     assert not heavy & set(loaded)
 
 
+@pytest.mark.slow
 def test_reading_a_scan_waits_for_no_torch() -> None:
     assert fresh("import sys, mmsr; mmsr.read_volume; print('torch' in sys.modules)") == "False\n"
 
@@ -58,6 +60,7 @@ def test_a_wrong_name_is_an_attribute_error() -> None:
         _ = mmsr.super_resolv
 
 
+@pytest.mark.slow
 def test_help_is_quick() -> None:
     """A third of a second of processor time on an idle machine; the bound leaves room."""
     code = (

@@ -118,6 +118,7 @@ def mmsr(*arguments: object, code: int = 0) -> str:
     return said.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [".mha", ".nrrd", ".nii", ".nii.gz", ".ome.zarr", ".dicom"])
 def test_volumes_maps_pictures_and_logs(
     patient: Path, weights: Path, tmp_path: Path, ending: str
@@ -169,6 +170,7 @@ def test_the_picture_of_a_result(patient: Path, weights: Path) -> None:
     assert leaked(repr(volume).encode()) == []
 
 
+@pytest.mark.slow
 def test_an_executed_notebook(patient: Path, weights: Path, tmp_path: Path) -> None:
     values = {"out": str(tmp_path / "sr"), "scan": str(patient), "weights": str(weights)}
     out = tmp_path / "notebook.ipynb"

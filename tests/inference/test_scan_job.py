@@ -188,6 +188,7 @@ def test_every_format_holds_the_same_voxels(
     assert [p.name for p in tmp_path.iterdir()] == [out.name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [".mha", ".nii.gz", ".ome.zarr", ".dicom"])
 def test_killed_at_any_moment_it_goes_on(
     scan: Path, weights: Path, tmp_path: Path, jobs: Jobs, ending: str
@@ -216,6 +217,7 @@ def test_killed_at_any_moment_it_goes_on(
         assert content(out) == content(reference)
 
 
+@pytest.mark.slow
 def test_parts_at_once_make_one_volume(
     scan: Path, weights: Path, tmp_path: Path, jobs: Jobs
 ) -> None:
@@ -267,6 +269,7 @@ for count in map(int, sys.argv[4:]):
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ending", "scale", "side", "counts"),
     [
@@ -452,6 +455,7 @@ def test_another_job_is_not_mixed_in(scan: Path, weights: Path, tmp_path: Path) 
     assert "exists" in said
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL, reason="MMSR_REAL_DATA is not set: no real scan to read")
 def test_a_real_slice_stays_small_and_in_place(tmp_path: Path) -> None:
     source = Path(REAL or "", "nlst_chest_dicom")

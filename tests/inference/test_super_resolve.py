@@ -77,6 +77,7 @@ def test_what_is_made_ahead_comes_in_order_and_fails_in_place() -> None:
     assert len(made) <= 3  # nobody works on for a caller who has left
 
 
+@pytest.mark.slow
 def test_a_gpu_keeps_all_digits_whatever_was_switched_before() -> None:
     """Torch has an old and a new switch for TF32, and fails where one looks at the other's."""
     cudnn = torch.backends.cudnn

@@ -54,6 +54,7 @@ for name, settings in SYSTEMS.items():
 """
 
 
+@pytest.mark.slow
 def test_a_term_that_is_added_in_one_page_appears_everywhere(tmp_path: Path) -> None:
     package = tmp_path / "mmsr"
     shutil.copytree(

@@ -50,6 +50,7 @@ def bank(folder: Path, name: str, size: int, side: int) -> PatchBank:
     return write_bank(folder / name, [case], **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_it_trains_is_saved_and_runs_in_tiles(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
