@@ -14,12 +14,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pydantic
-from ..data.foam import SCALE
+from ..data.sampling import split_cases
 
 from .run_notebook import make_folder
 from ..core import Settings, ShapeError, atomic_write, seeded, show_patches, write_json
+from ..data.foam import SCALE
 from ..data.masks import lung_mask, specimen_mask
-from ..data.patches import PatchBank, PatchCase, split_cases, write_bank
+from ..data.patches import PatchBank, PatchCase, write_bank
 from ..data.phantom_scans import PhantomCase, clinical_case, micro_case
 from ..data.volume import Volume, block_mean, resample_in_plane
 from ..data.windows import CLINICAL_WINDOW, Window, micro_window

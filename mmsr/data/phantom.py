@@ -10,6 +10,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy import ndarray
+from numpy.random import Generator
+from scipy import ndimage
+
+from ..core import RangeError, ShapeError, seeded
 from mmsr.data.foam import (
     FAR_MM,
     PIXEL_MM,
@@ -20,11 +25,6 @@ from mmsr.data.foam import (
     smooth_noise,
 )
 from .trees import Inside, _across, _capsules, _curve, _unit, grow_tree, tube_distances
-from numpy import ndarray
-from numpy.random import Generator
-from scipy import ndimage
-
-from ..core import RangeError, ShapeError, seeded
 from .volume import AIR_HU, TISSUE_HU
 
 # %% ../../nbs/1_data/04_phantom.ipynb #6b080688
