@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Self
 
 import pydantic
 import torch
+from .feed import Feed
 from torch import Tensor
 
 from ..data.patches import Banks, PatchBank
@@ -35,7 +36,7 @@ from mmsr.networks.unit import (
 )
 from .distributed import Fabric, make_fabric
 from .health import health_metrics, preview_rows
-from .run import Feed, Loop, RunOptions, TrainedRun, TrainingRun, finish, run_to_end
+from .run import Loop, RunOptions, TrainedRun, TrainingRun, finish, run_to_end
 from .settings import Baseline, Changes, LoopSettings, Preset, preset_settings
 from .sr_cyclegan import weights_generator
 from mmsr.training.steps import (
