@@ -14,7 +14,6 @@ from typing import Annotated, Any, Self
 
 import pydantic
 import torch
-from ..training.feed import check_sizes
 
 from .prepare import PrepareSettings
 from .run_notebook import experiments_folder, make_folder, read_yaml
@@ -23,6 +22,7 @@ from ..core import MMSRError, Settings, SettingsError
 from ..evaluation.protocols import EvaluateSettings, SuperResolveSettings, find_weights
 from ..networks.discriminators import PatchDiscriminator
 from ..scans.cases import NonEmpty
+from ..training.feed import check_sizes
 from ..training.sr_cyclegan import SRCycleGANSettings
 
 # %% ../../nbs/8_app/04_plan.ipynb #360fa77b

@@ -14,7 +14,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pydantic
-from ..data.sampling import split_cases
 
 from .run_notebook import make_folder
 from ..core import Settings, ShapeError, atomic_write, seeded, show_patches, write_json
@@ -22,6 +21,7 @@ from ..data.foam import SCALE
 from ..data.masks import lung_mask, specimen_mask
 from ..data.patches import PatchBank, PatchCase, write_bank
 from ..data.phantom_scans import PhantomCase, clinical_case, micro_case
+from ..data.sampling import split_cases
 from ..data.volume import Volume, block_mean, resample_in_plane
 from ..data.windows import CLINICAL_WINDOW, Window, micro_window
 from ..scans.cases import Case, NonEmpty, Prepared, as_list, clear_prepared, paths_of, save_case

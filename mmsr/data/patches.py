@@ -16,7 +16,6 @@ from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 import pydantic
-from .sampling import DRAWS, MIN_SPREAD, MIN_TISSUE, _centres, reject_reason
 
 from mmsr.core import (
     FileError,
@@ -31,6 +30,7 @@ from mmsr.core import (
     seeded,
     write_json,
 )
+from .sampling import DRAWS, MIN_SPREAD, MIN_TISSUE, draw_centres, reject_reason
 from .windows import AIR_LEVEL, TISSUE_LEVEL, Window
 
 # %% ../../nbs/1_data/09_patches.ipynb #6410fd65
@@ -186,7 +186,7 @@ def _fill(
     """Append the case's patches to `file`; return their corners and the counts of rejects."""
     size, array, corners = settings.size, case.volume.array, []
     rejected = {"flat": 0, "air": 0}
-    for block in _centres(case.mask, size, seeded(settings.seed, "patches", case.name)):
+    for block in draw_centres(case.mask, size, seeded(settings.seed, "patches", case.name)):
         for z, y, x in block:
             patch = np.ascontiguousarray(array[z, y : y + size, x : x + size])
             reason = reject_reason(patch, window, settings.min_spread, settings.min_tissue)
@@ -202,7 +202,7 @@ def _fill(
                 f"case {case.name}: beside {len(corners)} patches, {rejected['flat']} flat and "
                 f"{rejected['air']} mostly air were drawn; look at the mask and the window"
             )
-    raise AssertionError("unreachable: _centres has no end")
+    raise AssertionError("unreachable: draw_centres has no end")
 
 # %% ../../nbs/1_data/09_patches.ipynb #35ee7907
 def _record(case: PatchCase, window: Window) -> dict[str, Any]:

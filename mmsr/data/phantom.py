@@ -24,7 +24,16 @@ from mmsr.data.foam import (
     sheet_coverage,
     smooth_noise,
 )
-from .trees import Inside, _across, _capsules, _curve, _unit, grow_tree, tube_distances
+from mmsr.data.trees import (
+    Inside,
+    axes_mm,
+    capsules_of,
+    grow_tree,
+    perpendicular,
+    random_curve,
+    tube_distances,
+    unit_vector,
+)
 from .volume import AIR_HU, TISSUE_HU
 
 # %% ../../nbs/1_data/04_phantom.ipynb #6b080688
@@ -96,17 +105,19 @@ def _plant_trees(
     reach, small = (1.0 if large else 0.65), min(1.0, width / 60)  # small frames: nearer together
 
     def tree(at: ndarray, d: Any, r: float, airway: bool, flat: float) -> list[ndarray]:
-        return grow_tree(rng, at, d, r, _across(rng, _unit(d)) if airway else None, inside, flat)
+        return grow_tree(
+            rng, at, d, r, perpendicular(rng, unit_vector(d)) if airway else None, inside, flat
+        )
 
     crosses = middle + reach * width * (-0.17 * out - 0.15 * side) + rng.normal(0, 0.01, 3) * plane
     steep = [0.9 * rng.choice([-1, 1]), 0, 0] + 0.35 * out
-    d = _unit(steep + 0.25 * _across(rng, np.array([1.0, 0, 0])))
+    d = unit_vector(steep + 0.25 * perpendicular(rng, np.array([1.0, 0, 0])))
     r = rng.uniform(1.25, 1.7) * (0.5 + 0.5 * small)
-    beside = _across(rng, d)
+    beside = perpendicular(rng, d)
     start = crosses - 3.5 * r * d - (1.9 * r + 0.2) * beside  # so that the airway is at the aim
     rows = grow_tree(rng, start, d, r, beside, inside)
     runs = middle + reach * width * (-0.05 * out + 0.24 * side) + rng.normal(0, 0.01, 3) * plane
-    d = _unit(out + rng.normal(0, 0.5) * side + [rng.normal(0, 0.04), 0, 0])
+    d = unit_vector(out + rng.normal(0, 0.5) * side + [rng.normal(0, 0.04), 0, 0])
     r = rng.uniform(0.8, 1.1) * (0.5 + 0.5 * small)
     rows += tree(runs - 8 * r * d, d, r, False, 0.15)
     for i in range(5 if width > 512 * PIXEL_MM else 2):  # from the hilum
@@ -131,12 +142,12 @@ def _seed_tumour(
     at[0] += rng.uniform(-0.5, 0.5)
     spicules = []
     for _ in range(200):
-        d = _unit(rng.standard_normal(3) * [0.7, 1, 1])
+        d = unit_vector(rng.standard_normal(3) * [0.7, 1, 1])
         length, r = size_mm * rng.uniform(0.3, 1.3), rng.uniform(0.09, 0.24)
-        start, d = at + 0.8 * size_mm * d, _unit(d * [0.1, 1, 1])
-        points, _ = _curve(rng, start, d, np.zeros(3), 0.3, length, 0.3)
+        start, d = at + 0.8 * size_mm * d, unit_vector(d * [0.1, 1, 1])
+        points, _ = random_curve(rng, start, d, np.zeros(3), 0.3, length, 0.3)
         s = np.linspace(0, 1, len(points))
-        spicules.append(_capsules(points, r * (1 - 0.85 * s + 0.6 * np.exp(-6 * s))))
+        spicules.append(capsules_of(points, r * (1 - 0.85 * s + 0.6 * np.exp(-6 * s))))
     return np.array([*at, size_mm]), np.concatenate(spicules)
 
 # %% ../../nbs/1_data/04_phantom.ipynb #cf1c042a
@@ -170,7 +181,7 @@ def hr_slice(scene: Scene, z_mm: float) -> HRSlice:
 
 def _tumour_distance(scene: Scene, z_mm: float, fine: ndarray) -> tuple[ndarray, ndarray]:
     """Measure the distance from the tumour, mm, and how near it is without its spicules (0 to 1)."""
-    noise, (y, x) = partial(scene.noise, z_mm), _axes(scene.size)
+    noise, (y, x) = partial(scene.noise, z_mm), axes_mm(scene.size)
     cz, cy, cx, radius = scene.tumour
     lobes = 1 + 0.09 * noise("lumps", 0.8 * radius) + 0.06 * noise("lobes", 0.3 * radius)
     tumour = np.sqrt((z_mm - cz) ** 2 + (y - cy) ** 2 + (x - cx) ** 2) - radius * lobes
@@ -181,7 +192,7 @@ def _tumour_distance(scene: Scene, z_mm: float, fine: ndarray) -> tuple[ndarray,
 
 def _parenchyma(scene: Scene, z_mm: float, slow: ndarray, fine: ndarray, near: ndarray) -> ndarray:
     """Return the share of tissue in each pixel of foam and interlobular septa."""
-    noise, (y, _), width = partial(scene.noise, z_mm), _axes(scene.size), scene.size * PIXEL_MM
+    noise, (y, _), width = partial(scene.noise, z_mm), axes_mm(scene.size), scene.size * PIXEL_MM
     warp = np.stack([noise("warp y", 0.9), noise("warp x", 0.9)])
     gaps = np.clip(0.20 + 0.25 * np.maximum(noise("emphysema", 9.0) - 0.6, 0), 0, 0.85)
     foam = septum_distance(scene.seed, "alveoli", z_mm, 0.09 * warp, 12, open_fraction=gaps)
@@ -206,7 +217,7 @@ def _lay(hu: ndarray, value: ndarray | float, share: ndarray) -> None:
 def _chest_wall(scene: Scene, z_mm: float, hu: ndarray) -> ndarray:
     """Paint pleura, fat, muscle and ribs into `hu`; return where the lung is."""
     cy, cx, radius, drift_y, drift_x = scene.chest
-    noise, dz, (y, x) = partial(scene.noise, z_mm), z_mm - scene.depth_mm / 2, _axes(scene.size)
+    noise, dz, (y, x) = partial(scene.noise, z_mm), z_mm - scene.depth_mm / 2, axes_mm(scene.size)
     y, x = y - np.float32(cy + drift_y * dz), x - np.float32(cx + drift_x * dz)
     deep = np.hypot(y, x) - np.float32(radius) + 0.35 * noise("pleura", 14.0)
     shown = np.argwhere(deep > -1)
@@ -240,7 +251,7 @@ def _chest_wall(scene: Scene, z_mm: float, hu: ndarray) -> ndarray:
 def _specimen_edge(scene: Scene, z_mm: float, hu: ndarray) -> ndarray:
     """Cut the specimen out of `hu`, with pleura on one side; return where the lung is."""
     rng = seeded(scene.seed, "specimen edge")
-    noise, (y, x), width = partial(scene.noise, z_mm), _axes(scene.size), scene.size * PIXEL_MM
+    noise, (y, x), width = partial(scene.noise, z_mm), axes_mm(scene.size), scene.size * PIXEL_MM
     half_u, half_v = rng.uniform(0.40, 0.46, 2) * width
     phi = rng.uniform(0, np.pi)
     y, x = y - width / 2, x - width / 2

@@ -10,14 +10,14 @@ __all__ = ['SLICE_MM', 'clinical_slice', 'MicroScanner', 'micro_curve', 'micro_s
 from typing import Any, NamedTuple
 
 import numpy as np
-from .foam import PIXEL_MM, SCALE
-from .trees import wall_thickness
 from numpy import ndarray
 from numpy.random import Generator
 from scipy import ndimage
 
 from ..core import RangeError, ShapeError, seeded
+from .foam import PIXEL_MM, SCALE
 from .phantom import Scene, hr_slice, lung_scene
+from .trees import wall_thickness
 from .volume import AIR_HU, TISSUE_HU, Volume, sr_geometry
 
 # %% ../../nbs/1_data/05_phantom_scans.ipynb #fb20b636

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
-from .feed import Feed
 from torch import Tensor, nn
 
 from .. import __version__
@@ -23,6 +22,7 @@ from ..core import FileError, ResourceError, SettingsError, progress_bar
 from ..networks.generators import G1
 from ..networks.weights import ModelCard, load_generator, save_generator
 from .distributed import on_rank_zero
+from .feed import Feed
 from mmsr.training.health import (
     HealthMetrics,
     check_finite,

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, Self
 
 import pydantic
 import torch
-from .feed import Feed
 from torch import Tensor, nn
 
 from ..core import seeded
@@ -24,6 +23,7 @@ from ..networks.discriminators import PatchDiscriminator
 from ..networks.generators import G1, G1Settings, G2Settings, ResnetSettings
 from ..networks.weights import AnyG1, AnyG2, build_g1, build_g2
 from .distributed import Fabric, make_fabric
+from .feed import Feed
 from .health import health_metrics, preview_rows
 from .run import Loop, RunOptions, TrainedRun, TrainingRun, finish, run_to_end
 from .settings import Baseline, Changes, LoopSettings, Preset, preset_settings

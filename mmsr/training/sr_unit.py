@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, Self
 
 import pydantic
 import torch
-from .feed import Feed
 from torch import Tensor
 
 from ..data.patches import Banks, PatchBank
@@ -35,6 +34,7 @@ from mmsr.networks.unit import (
     build_unit,
 )
 from .distributed import Fabric, make_fabric
+from .feed import Feed
 from .health import health_metrics, preview_rows
 from .run import Loop, RunOptions, TrainedRun, TrainingRun, finish, run_to_end
 from .settings import Baseline, Changes, LoopSettings, Preset, preset_settings

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import mmsr
 
 # What a person would add to `losses/mmsr`: a term, its weight, its formula.
@@ -24,6 +26,8 @@ EDITS = (
 TRAIN = """
 import sys
 from pathlib import Path
+import pytest
+
 import mmsr
 from test_resume import SYSTEMS, start_anew, train, write_banks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
