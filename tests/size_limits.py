@@ -3,11 +3,8 @@
 CODE = 9_300
 DOCSTRINGS = 2_500
 LONGEST = 400
-MEDIAN = 167
+MEDIAN = 156
 LONG_PAGES = {
-    "1_data/04_phantom.ipynb": 376,
-    "1_data/09_patches.ipynb": 285,
-    "4_training/07_run.ipynb": 289,
     "5_scans/02_dicom_file.ipynb": 335,
     "5_scans/05_volume_headers.ipynb": 253,
     "5_scans/16_scan_summary.ipynb": 284,

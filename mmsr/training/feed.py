@@ -30,8 +30,8 @@ def check_banks(x_bank: PatchBank, y_bank: PatchBank, scale: int) -> None:
             raise SettingsError(f"{name}: expected patches of modality {modality}, {got}")
     small, large = x_bank.info.size, y_bank.info.size
     if small * scale != large or scale not in (2, 4, 8, 16):
-        ratio = f"{scale} (2, 4, 8 or 16) times the {small} of x_bank, got {large}"
-        raise ShapeError(f"y_bank: expected patches of {small * scale} pixels, {ratio}")
+        pair = f"x_bank has {small} and the scale {scale} (2, 4, 8 or 16)"
+        raise ShapeError(f"y_bank: expected {small * scale} pixels, as {pair}, got {large}")
 
 
 def check_sizes(sizes: Mapping[str, tuple[int, int]]) -> None:
