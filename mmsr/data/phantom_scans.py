@@ -36,8 +36,7 @@ def clinical_slice(
     if hu.shape[-2:] != (h * SCALE, w * SCALE):
         raise ShapeError(f"hu: expected sides that are multiples of {SCALE}, got {hu.shape}")
     mean = np.asarray(hu, np.float32).reshape(-1, *hu.shape[-2:]).mean(0)
-    if psf_mm:
-        mean = ndimage.gaussian_filter(mean, psf_mm / 2.3548 / PIXEL_MM, mode="nearest")
+    mean = ndimage.gaussian_filter(mean, psf_mm / 2.3548 / PIXEL_MM, mode="nearest")
     image = mean.reshape(h, SCALE, w, SCALE).mean((1, 3))
     if noise_hu:
         noise = rng.standard_normal((h + 8, w + 8), np.float32)

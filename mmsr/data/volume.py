@@ -179,18 +179,14 @@ class Volume(NamedTuple):
         import SimpleITK as sitk
 
         if modality not in ("clinical", "micro") or unit not in ("HU", "grey"):
-            raise SettingsError(
-                "modality, unit: expected 'clinical' or 'micro', and 'HU' or 'grey', got "
-                f"{modality!r}, {unit!r}"
-            )
+            wanted = "'clinical' or 'micro', and 'HU' or 'grey'"
+            raise SettingsError(f"modality, unit: expected {wanted}, got {modality!r}, {unit!r}")
         rank, values = image.GetDimension(), image.GetNumberOfComponentsPerPixel()
         if (rank, values) != (3, 1):
-            raise ShapeError(
-                f"image: expected 3-D, one number per voxel, got {rank}-D, {values} per voxel"
-            )
-        spacing, origin = image.GetSpacing()[::-1], image.GetOrigin()
-        array = sitk.GetArrayFromImage(image)
-        return cls(array, spacing, origin, image.GetDirection(), modality, unit)
+            got = f"{rank}-D, {values} per voxel"
+            raise ShapeError(f"image: expected 3-D, one number per voxel, got {got}")
+        place = image.GetSpacing()[::-1], image.GetOrigin(), image.GetDirection()
+        return cls(sitk.GetArrayFromImage(image), *place, modality, unit)
 
     def __repr__(self) -> str:
         return _in_words(self)
@@ -313,10 +309,8 @@ def resample_in_plane(volume: Volume, pixel_mm: float) -> Volume:
     rows, columns = (_shares(n, pixel_mm / s) for n, s in zip(sides, steps, strict=True))
     array = np.stack([rows @ (columns @ plane.astype(float).T).T for plane in volume.array])
     # the index of the first new centre, counted in old pixels
-    first = [
-        (n - 1) / 2 - (m.shape[0] - 1) / 2 * pixel_mm / s
-        for n, s, m in zip(sides, steps, (rows, columns), strict=True)
-    ]
+    counts = np.array([rows.shape[0], columns.shape[0]])
+    first = (np.array(sides) - 1) / 2 - (counts - 1) / 2 * pixel_mm / np.array(steps)
     x, y, z = map(float, volume.world_mm((0, *first)))
     before = " x ".join(f"{s:.4g}" for s in dict.fromkeys(steps))
     note = f"averaged in plane: pixels of {before} mm became {pixel_mm:.4g} mm (R7)"
