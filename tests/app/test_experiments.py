@@ -19,7 +19,6 @@ import nbformat
 import numpy as np
 import pytest
 import yaml
-from mmsr.data.sampling import split_cases
 
 from mmsr.app import cli
 from mmsr.app.plan import check_plan, snakemake_command
@@ -28,6 +27,7 @@ from mmsr.app.run_notebook import run_experiment
 from mmsr.app.train import TrainSettings, launch_training, method_settings, train
 from mmsr.core import FileError, MMSRError, ResourceError, SettingsError, ShapeError, read_json
 from mmsr.data.patches import open_bank
+from mmsr.data.sampling import split_cases
 from mmsr.evaluation.protocols import Model, columns_of, measure_case
 from mmsr.inference.sr_slices import enlarge_bicubic
 from mmsr.networks.weights import load_generator

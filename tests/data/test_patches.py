@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mmsr.data.sampling import sample_positions, split_cases
 
 from mmsr.core import (
     FileError,
@@ -27,6 +26,7 @@ from mmsr.core import (
 from mmsr.data.batches import PatchLoader, UnpairedBatches
 from mmsr.data.masks import lung_mask
 from mmsr.data.patches import PatchCase, open_bank, write_bank
+from mmsr.data.sampling import sample_positions, split_cases
 from mmsr.data.volume import Volume, resample_in_plane
 from mmsr.data.windows import CLINICAL_WINDOW, Window
 from mmsr.training.distributed import make_fabric
