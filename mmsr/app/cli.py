@@ -17,7 +17,7 @@ import pydantic
 import yaml
 from typer import Argument, Option, Typer, echo
 
-from .run_notebook import experiments_folder, read_yaml, run_experiment
+from .run_notebook import experiments_folder, noticed_interrupts, read_yaml, run_experiment
 from ..core import RESEARCH_ONLY, FileError, MMSRError, SettingsError, atomic_write, environment
 from ..scans.output_plan import is_stamped, unfinished
 from ..scans.read import read_mask, read_volume
@@ -298,20 +298,20 @@ def version() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exit with 2 and one line for any mistake of the caller."""
     try:
-        code = app(arguments, standalone_mode=False, prog_name="mmsr")  # 130 after Ctrl-C
+        with noticed_interrupts() as interrupts:
+            code = app(arguments, standalone_mode=False, prog_name="mmsr")  # 130 after Ctrl-C
     except MMSRError as e:
         code = _say(str(e), 2)
-    except KeyboardInterrupt:
-        code = 130
     except Exception as e:
-        if not hasattr(e, "format_message"):  # what typer raises for wrong names and values
+        said = getattr(e, "format_message", None)  # of typer, for wrong names and values
+        if said is None and not interrupts:
             raise
-        text = e.format_message().rstrip(".")  # empty where the help has been printed
+        text = said().rstrip(".") if said else ""  # empty where the help has been printed
         context = getattr(e, "ctx", None)
         see = f"See {context.command_path if context else 'mmsr'} --help."
         code = _say(f"{text}{'' if text.endswith('?') else '.'} {see}", 2) if text else 2
-    if code == 130:
-        _say("stopped; run the same command again to go on", code)
+    if interrupts or code == 130:
+        code = _say("stopped; run the same command again to go on", 130)
     sys.exit(code if isinstance(code, int) else 0)
 
 
