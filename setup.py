@@ -41,7 +41,7 @@ setup(
     license_files=["LICENSE"],
     keywords=cfg["keywords"],
     packages=find_packages(include=[lib, f"{lib}.*"]),
-    package_data={lib: ["weights/*.safetensors", "py.typed"]},
+    package_data={lib: ["__init__.pyi", "weights/*.safetensors", "py.typed"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "bench")},

@@ -19,10 +19,6 @@ from typer import Argument, Option, Typer, echo
 
 from .run_notebook import experiments_folder, noticed_interrupts, read_yaml, run_experiment
 from ..core import RESEARCH_ONLY, FileError, MMSRError, SettingsError, atomic_write, environment
-from ..scans.output_plan import is_stamped, unfinished
-from ..scans.read import read_mask, read_volume
-from ..scans.scan_summary import info_picture, info_text, scan_info
-from ..scans.write import WRITABLE, format_of
 
 # %% ../../nbs/8_app/06_cli.ipynb #7d70336a
 app = Typer(
@@ -56,6 +52,8 @@ def _part(text: str) -> tuple[int, int]:
 # %% ../../nbs/8_app/06_cli.ipynb #07aa7ce5
 def _check_names(volumes: list[Path], picture: Path, inputs: list[Path]) -> None:
     """Refuse outputs that stand for two files, or lie in each other."""
+    from mmsr.scans.write import format_of
+
     for path in volumes:
         format_of(path)
     sources, outputs = [path.resolve() for path in inputs], [*volumes, picture]
@@ -77,21 +75,19 @@ def _refuse_existing(paths: list[Path]) -> None:
 # %% ../../nbs/8_app/06_cli.ipynb #bc3e7699
 def _super_resolve(job: Any, out: Path, picture: Path, share: tuple[int, int], drawn: bool) -> None:
     """Run a `ScanJob`, draw the first slice that is done, and say what came of it."""
+    from tqdm import tqdm
+
     from mmsr.evaluation.figures import overview
     from mmsr.inference.scan_job import run_scan
-
-    undrawn: list[MMSRError] = []
 
     def show(one: Any) -> None:
         try:
             with atomic_write(picture) as temporary:
                 overview(job.volume, one).savefig(temporary, format="png")
         except MMSRError as e:
-            undrawn.append(e)  # said when the progress bar is gone
+            tqdm.write(f"note: no picture: {e}", sys.stderr)  # above the progress bar
 
     summary = run_scan(job, part=share, first=show if share[0] == 1 and not drawn else None)
-    for reason in undrawn:
-        echo(f"note: no picture: {reason}", err=True)
     if summary is None:  # another process was faster, or is still at its part
         did = f"part {share[0]} of {share[1]} is done; when all are, run without --part to join"
         echo(f"{out}: {_FINISHED}" if share == (1, 1) else did)
@@ -115,10 +111,13 @@ def _super_resolve(job: Any, out: Path, picture: Path, share: tuple[int, int], d
 _FINISHED = "is finished, and by this very job; nothing is left to do"
 
 # %% ../../nbs/8_app/06_cli.ipynb #5e00000d
+_WRITABLE = ".mha, .nrrd, .nii, .nii.gz, .ome.zarr, .dicom"  # without their modules
+
+
 @app.command("super-resolve")
 def super_resolve(
     scan: Annotated[Path, Argument(help="DICOM folder, .nii(.gz), .nrrd or .mha, in HU")],
-    out: Annotated[Path, Argument(help=f"to write: {', '.join(WRITABLE)}")],
+    out: Annotated[Path, Argument(help=f"to write: {_WRITABLE}")],
     slices: Annotated[str | None, Option(help="FIRST:END, counted from 0, e.g. 60:62")] = None,
     series: Annotated[str | None, Option(help="which of several, see mmsr info SCAN")] = None,
     resample: Annotated[bool, Option("--resample", help="tilted, uneven: regular grid")] = False,
@@ -146,6 +145,8 @@ def super_resolve(
     from mmsr.inference.scan_job import ScanTargets, plan_scan, time_one_slice
     from mmsr.inference.sr_slices import SROptions
     from mmsr.networks.weights import load_generator
+    from mmsr.scans.output_plan import is_stamped, unfinished
+    from mmsr.scans.read import read_mask, read_volume
     from mmsr.training.distributed import choose_device
 
     targets, picture = ScanTargets(out, consistency, uncertainty), out.with_name(out.name + ".png")
@@ -188,6 +189,8 @@ def info(
     voxel_um: Annotated[float | None, Option(help="voxel size of files without one, µm")] = None,
 ) -> None:
     """Say what is in a scan: geometry, HU, padding, tilt, gaps; and whether it can be read."""
+    from mmsr.scans.scan_summary import info_picture, info_text, scan_info
+
     if picture is not None and picture.suffix.lower() != ".png":
         raise FileError(f"{picture}: expected a name that ends in .png")
     found = scan_info(scan, modality="micro" if micro else None, voxel_um=voxel_um, series=series)
