@@ -39,9 +39,7 @@ def is_zarr(path: Path) -> bool:
 
 def _page(path: Path) -> dict[str, Any]:
     """Read the attributes of a Zarr group, of version 2 or 3."""
-    file = path / "zarr.json"
-    if not file.is_file():
-        file = path / ".zattrs"
+    file = path / ("zarr.json" if (path / "zarr.json").is_file() else ".zattrs")
     if not file.is_file() or file.stat().st_size > _PAGE_MAX:  # a pipe would wait for ever
         raise ValueError("no page, or too long")
     page = json.loads(file.read_bytes())

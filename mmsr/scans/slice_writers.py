@@ -118,9 +118,7 @@ def _numbers(values: Any) -> str:
 def _mha_header(to: Target) -> bytes:
     """Make the header of a MetaImage file."""
     volume, (depth, height, width) = to.volume, to.volume.array.shape
-    name = ["CHAR", "UCHAR", "SHORT", "USHORT", "INT", "UINT", "FLOAT", "DOUBLE"][
-        TYPES.index(to.dtype.name)
-    ]
+    names = ["CHAR", "UCHAR", "SHORT", "USHORT", "INT", "UINT", "FLOAT", "DOUBLE"]
     lines = f"""ObjectType = Image
 NDims = 3
 BinaryData = True
@@ -132,7 +130,7 @@ CenterOfRotation = 0 0 0
 ElementSpacing = {_numbers(volume.spacing_mm[::-1])}
 {f"ITK_FileNotes = {to.notice}" if to.notice else ""}
 DimSize = {width} {height} {depth}
-ElementType = MET_{name}
+ElementType = MET_{names[TYPES.index(to.dtype.name)]}
 ElementDataFile = LOCAL
 """
     return lines.replace("\n\n", "\n").encode()

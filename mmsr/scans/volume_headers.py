@@ -89,9 +89,6 @@ def unpack(path: Path, start: int = 0) -> Iterator[bytes]:
     raise FileError("cut short, its packed data break off; copy the file again")
 
 # %% ../../nbs/5_scans/05_volume_headers.ipynb #2d8a157f
-_CONTRADICTS = "contradicts itself: {}; mend its header"
-
-
 def _nifti_fields(path: Path, raw: bytes) -> Any:
     """Unpack the fields of a NIfTI header of either version and byte order, by nibabel."""
     import nibabel
@@ -137,35 +134,32 @@ def read_nifti(path: Path) -> Header:
     notes = notice_in(raw[:offset].decode("latin-1"))
     if not units:
         notes += ("the header does not name the unit of its voxel size: taken as mm",)
-    doubts: tuple[str, ...] = ()
+    doubts = []
     slope, intercept = scale = float(head["scl_slope"]), float(head["scl_inter"])
     if not slope or not np.isfinite(slope):  # both mean: as stored
         if intercept and np.isfinite(intercept):
-            said = f"a slope of {slope:g} with an intercept of {intercept:g}: taken as stored"
-            doubts = (_CONTRADICTS.format(said),)
+            doubts = [f"a slope of {slope:g} with an intercept of {intercept:g}: taken as stored"]
         scale = (1.0, 0.0)
     size, pixdim = head["dim"][1 : head["dim"][0] + 1].tolist(), tuple(head["pixdim"][1:4].tolist())
     header = Header(tuple(size), dtype, data, packed=packed, skip=offset, scale=scale, notes=notes)
-    header = header._replace(doubts=doubts)
-    if units in (0, 2):
-        header = header._replace(spacing=pixdim)
-    else:
-        header = header._replace(unit={1: "m", 3: "µm"}.get(units, f"unit {units} of NIfTI"))
-    if head["sform_code"] <= 0 and head["qform_code"] <= 0:
-        return header
-    head["pixdim"][0] = -1 if head["pixdim"][0] < 0 else 1  # 0 stands for 1
-    affine = head.get_sform() if head["sform_code"] > 0 else head.get_qform()
-    rows = affine[:3] * [[-1], [-1], [1]]  # RAS to LPS
-    norms = np.linalg.norm(rows[:, :3], axis=0)
-    if head["sform_code"] > 0 and not np.allclose(norms, pixdim, rtol=1e-3):
-        said = f"voxels of {np.round(norms, 5).tolist()} mm in its sform, {pixdim} in its pixdim"
-        doubts += (_CONTRADICTS.format(said),)
-        header = header._replace(doubts=doubts, spacing=tuple(map(float, norms)))
-    return header._replace(axes=rows[:, :3] / norms, origin=tuple(map(float, rows[:, 3])))
+    unit = {0: "", 1: "m", 2: "", 3: "µm"}.get(units, f"unit {units} of NIfTI")
+    header = header._replace(unit=unit, spacing=None if unit else pixdim)
+    if head["sform_code"] > 0 or head["qform_code"] > 0:
+        head["pixdim"][0] = -1 if head["pixdim"][0] < 0 else 1  # 0 stands for 1
+        affine = head.get_sform() if head["sform_code"] > 0 else head.get_qform()
+        rows = affine[:3] * [[-1], [-1], [1]]  # RAS to LPS
+        norms = np.linalg.norm(rows[:, :3], axis=0)
+        if head["sform_code"] > 0 and not np.allclose(norms, pixdim, rtol=1e-3):
+            voxels = f"voxels of {np.round(norms, 5).tolist()} mm in its sform"
+            doubts.append(f"{voxels}, {pixdim} in its pixdim")
+            header = header._replace(spacing=tuple(map(float, norms)))
+        header = header._replace(axes=rows[:, :3] / norms, origin=tuple(map(float, rows[:, 3])))
+    said = (f"contradicts itself: {doubt}; mend its header" for doubt in doubts)
+    return header._replace(doubts=tuple(said))
 
 # %% ../../nbs/5_scans/05_volume_headers.ipynb #10c48dee
-def _text_header(path: Path, separator: str) -> tuple[dict[str, str], int, tuple[str, ...]]:
-    """Read the fields of an NRRD or MetaImage file, where they end, and the notice if they hold it."""
+def _text_header(path: Path, separator: str) -> tuple[dict[str, str], str]:
+    """Read the fields of an NRRD or MetaImage file, and its text up to where they end."""
     fields: dict[str, str] = {}
     with path.open("rb") as f:
         for _ in range(1000):
@@ -178,7 +172,7 @@ def _text_header(path: Path, separator: str) -> tuple[dict[str, str], int, tuple
                 break
         end = f.tell()
         f.seek(0)
-        return fields, end, notice_in(f.read(end).decode("latin-1"))
+        return fields, f.read(end).decode("latin-1")
 
 
 def _words(text: str) -> dict[str, str]:
@@ -242,10 +236,9 @@ def _nrrd_place(header: Header, fields: dict[str, str]) -> Header:
 
 def read_nrrd(path: Path) -> Header:
     """Read the header of an NRRD file."""
-    fields, end, notes = _text_header(path, ":")
-    with path.open("rb") as f:
-        if f.read(4) != b"NRRD":
-            raise FileError("expected an NRRD header, got something else; convert it")
+    fields, text = _text_header(path, ":")
+    if not text.startswith("NRRD"):
+        raise FileError("expected an NRRD header, got something else; convert it")
     word = re.sub(r"_t$|^signed (?!char)|(?<=short|.long) int$", "", fields["type"].lower())
     kind: str = _known("type", word, _NRRD_TYPES)
     packings = {"raw": False, "gzip": True, "gz": True}
@@ -261,7 +254,7 @@ def read_nrrd(path: Path) -> Header:
     lines = int(fields.get("line skip", fields.get("lineskip", "0")))
     if lines or skip < -1 or (skip < 0 and packed):
         raise FileError("skips lines or bytes of its data in a way not known here; convert it")
-    header = Header(size, np.dtype(kind), path, end, packed, notes=notes)
+    header = Header(size, np.dtype(kind), path, len(text), packed, notes=notice_in(text))
     header = _with_data(header, other, skip)
     kinds = fields.get("kinds", "").lower().split()
     if set(kinds) - {"domain", "space", "none", "???"}:
@@ -278,7 +271,7 @@ _META_TYPES = _words(
 
 def read_metaimage(path: Path) -> Header:
     """Read the header of a MetaImage file."""
-    fields, end, notes = _text_header(path, "=")
+    fields, text = _text_header(path, "=")
     yes = {"true": True, "1": True, "false": False, "0": False}
     kind: str = _known("element type", fields["elementtype"].upper(), _META_TYPES)
     msb = fields.get("binarydatabyteordermsb", fields.get("elementbyteordermsb", "false"))
@@ -292,7 +285,7 @@ def read_metaimage(path: Path) -> Header:
     rank = len(size)
     if int(fields["ndims"]) != rank:
         raise ValueError("ndims")
-    header = Header(size, np.dtype(order + kind), path, end, packed, notes=notes)
+    header = Header(size, np.dtype(order + kind), path, len(text), packed, notes=notice_in(text))
     other = fields.get("elementdatafile", "")
     beside = None if other.upper() == "LOCAL" else other
     header = _with_data(header, beside, int(fields.get("headersize", "0")))
