@@ -105,9 +105,8 @@ def _oriented(header: Header, axes: list[dict[str, Any]]) -> Header:
     """Add the directions of the axes z, y, x if all three name a side of the body."""
     said = [o for axis in reversed(axes) if isinstance(o := axis.get("orientation"), dict)]
     columns = [_TOWARDS.get(str(o.get("value"))) for o in said if o.get("type") == "anatomical"]
-    if len(columns) != 3 or None in columns:
-        return header
-    if not np.linalg.det(turn := np.array(columns, float).T):
+    turn = np.array([column or (0, 0, 0) for column in columns], float).T  # 0: none of these words
+    if turn.shape != (3, 3) or not np.linalg.det(turn):
         return header
     header = header._replace(axes=turn)
     if header.origin is None or np.allclose(turn @ header.origin, header.origin):

@@ -129,13 +129,11 @@ class HuHistogram:
     def __init__(self, options: ReadOptions) -> None:
         self.options = options
         self.counts = np.zeros(65536, np.int64)  # in the order of uint16
-        self.lost = self.over = 0
-        self.rounded = self.eight_bit = False
+        self.lost, self.over, self.rounded = 0, 0, False
 
     def hu_slice(self, block: np.ndarray, padding: tuple[float, float] | None) -> np.ndarray:
         """Round a slice (y, x) to int16 HU and count its values; −32768 where not finite or declared padding."""
-        if block.dtype.itemsize == 1 and not self.eight_bit:
-            self.eight_bit = True
+        if block.dtype.itemsize == 1 and not self.counts.any():  # said once, of the first slice
             text = "expected HU, got 8-bit grey, which cannot hold them; give the original"
             refuse_unless_forced(self.options, RangeError, text)
         whole = block
@@ -223,16 +221,15 @@ class SliceReader:
 
     def __getitem__(self, which: int | slice) -> np.ndarray:
         """Read one slice, or a run of them."""
-        if isinstance(which, slice):
-            first, last, step = which.indices(len(self))
-            if step != 1:
-                raise RangeError(f"slices: expected neighbours, got every {step}th")
-            out = np.empty((max(last - first, 0), *self.shape[1:]), self.dtype)
-            for target, one in zip(out, self.read(first, first + len(out)), strict=True):
-                target[:] = one
-            return out
-        place = range(len(self))[which]  # refuses what is not there, allows −1
-        return next(iter(self.read(place, place + 1)))
+        places = range(len(self))[which]  # refuses what is not there, allows −1
+        if isinstance(places, int):
+            return next(iter(self.read(places, places + 1)))
+        if places.step != 1:
+            raise RangeError(f"slices: expected neighbours, got every {places.step}th")
+        out = np.empty((len(places), *self.shape[1:]), self.dtype)
+        for target, one in zip(out, self.read(places.start, places.stop), strict=True):
+            target[:] = one
+        return out
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Read all slices."""

@@ -72,10 +72,8 @@ def _tiff_cut(tif: Any) -> bool:
         if page is None or len(page.dataoffsets) != math.prod(page.keyframe.chunked):
             return True  # a page in another file, or strips that are not there
         ends = zip(page.dataoffsets, page.databytecounts, strict=True)
-        if any(n <= 0 or offset + n > end for offset, n in ends):
-            return True
-        held = sum(page.databytecounts)
-        if page.nbytes > held * (1 if page.keyframe.compression == 1 else 100_000):
+        most = sum(page.databytecounts) * (1 if page.keyframe.compression == 1 else 100_000)
+        if page.nbytes > most or any(n <= 0 or offset + n > end for offset, n in ends):
             return True
     return False
 
@@ -91,7 +89,6 @@ def _tiff_voxel(tif: Any) -> Said | None:
     """Return the voxel size that ImageJ or OME wrote into a TIFF file."""
     import tifffile
 
-    name = tif.filehandle.name
     if tif.is_ome:
         image = tifffile.xml2dict(tif.ome_metadata)["OME"]["Image"]
         pixels = (image[0] if isinstance(image, list) else image)["Pixels"]
@@ -108,7 +105,7 @@ def _tiff_voxel(tif: Any) -> Said | None:
     if None in sizes or None in units:
         return None
     z, y, x = (abs(float(size)) * float(unit or 0) for size, unit in zip(sizes, units, strict=True))
-    return ((z, y, x), f"{who} in {name}") if min(z, y, x) > 0 else None
+    return ((z, y, x), f"{who} in {tif.filehandle.name}") if min(z, y, x) > 0 else None
 
 
 def read_tiff(path: Path) -> list[TiffFile]:
@@ -226,20 +223,16 @@ def _check_stack(options: ReadOptions, files: list[TiffFile]) -> None:
         options.notes.append("stored with white as 0: turned round, so that dense is bright")
 
 # %% ../../nbs/5_scans/07_tiff_stack.ipynb #7769948b
-def _tiff_slices(tif: Any, first: int, last: int) -> Iterator[np.ndarray]:
-    """Read pages of an open TIFF file, one at a time."""
+def _tiff_page(tif: Any, z: int) -> np.ndarray:
+    """Read one page (y, x) of an open TIFF file."""
     series = tif.series[0]
-    height, width = series.shape[-2:]
-    step = height * width * series.dtype.itemsize
-    for z in range(first, last):
-        if series.dataoffset is None:
-            yield series.pages[z].asarray(maxworkers=1).reshape(height, width)
-        else:  # plain pixels one after the other; ImageJ lists only the first page
-            with tif.filehandle.lock:
-                tif.filehandle.seek(series.dataoffset + z * step)
-                raw = tif.filehandle.read(step)
-            stored = np.frombuffer(raw, series.dtype.newbyteorder(tif.byteorder))
-            yield stored.reshape(height, width).astype(series.dtype)
+    shape, dtype = series.shape[-2:], series.dtype.newbyteorder(tif.byteorder)
+    if series.dataoffset is None:
+        return series.pages[z].asarray(maxworkers=1).reshape(shape)
+    # plain pixels one after the other; ImageJ lists only the first page
+    place = series.dataoffset + z * math.prod(shape) * dtype.itemsize
+    with tif.filehandle.lock:
+        return tif.filehandle.read_array(dtype, math.prod(shape), place).reshape(shape)
 
 
 def open_tiff(options: ReadOptions, files: list[TiffFile]) -> SliceSource:
@@ -250,18 +243,16 @@ def open_tiff(options: ReadOptions, files: list[TiffFile]) -> SliceSource:
     # its pages need not be found again
     held = SharedFile(_tiff_file(one.path)) if len(files) == 1 else None
 
-    def pages(first: int, last: int) -> Iterator[np.ndarray]:
+    def page(z: int) -> np.ndarray:
         if held is not None:
-            yield from _tiff_slices(held.file, first, last)
-        else:
-            for file in files[first:last]:
-                with _tiff_file(file.path) as tif:
-                    yield from _tiff_slices(tif, 0, 1)
+            return _tiff_page(held.file, z)
+        with _tiff_file(files[z].path) as tif:
+            return _tiff_page(tif, 0)
 
     def blocks(first: int, last: int) -> Iterator[Block]:
         try:
-            for page in pages(first, last):
-                yield (np.iinfo(page.dtype).max - page if one.inverted else page), None
+            for grey in map(page, range(first, last)):
+                yield (np.iinfo(grey.dtype).max - grey if one.inverted else grey), None
         except Exception as e:  # see read_tiff
             text = "its pixels cannot be unpacked; copy it again or save it uncompressed"
             raise FileError(f"{options.name}: {text}") from e

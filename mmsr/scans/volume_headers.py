@@ -11,7 +11,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -94,11 +94,10 @@ def _nifti_fields(path: Path, raw: bytes) -> Any:
     import nibabel
 
     kinds = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}
-    sizes = {order: int.from_bytes(raw[:4], order) for order in ("little", "big")}
-    order = next((o for o, size in sizes.items() if size in kinds and len(raw) >= size), "")
-    if not order:
+    order: Literal["big", "little"] = "big" if raw[:1] == b"\0" else "little"  # of its size
+    size, single = int.from_bytes(raw[:4], order), path.suffix.lower() != ".hdr"
+    if size not in kinds or len(raw) < size:
         raise FileError("expected a NIfTI header, got something else; convert it")
-    size, single = sizes[order], path.suffix.lower() != ".hdr"
     head = kinds[size](raw[:size], order, check=False)  # checked here, nothing is mended
     magic, offset = head["magic"].item()[:3], float(head["vox_offset"])
     if magic not in (b"n+1", b"n+2", b"ni1", b"ni2"):
@@ -165,8 +164,7 @@ def _text_header(path: Path, separator: str) -> tuple[dict[str, str], str]:
         for _ in range(1000):
             line = f.readline(65536).decode("latin-1").strip()
             key, found, value = (part.strip() for part in line.partition(separator))
-            stated = found and not line.startswith("#")
-            if stated and fields.setdefault(key.lower(), value) != value:
+            if found and line[0] != "#" and fields.setdefault(key.lower(), value) != value:
                 raise FileError(f"its header says {key[:40]!r} twice; mend it")
             if not line or key == "ElementDataFile":
                 break
@@ -196,8 +194,7 @@ def _with_data(header: Header, beside: str | None, skip: int) -> Header:
 def _known(what: str, value: str, known: dict[str, Any]) -> Any:
     """Look up a word of a header, or refuse it."""
     if value not in known:
-        shown = value[:40] or "nothing"
-        raise FileError(f"expected a known {what}, got {shown!r}; convert it")
+        raise FileError(f"expected a known {what}, got {value[:40] or 'nothing'!r}; convert it")
     return known[value]
 
 # %% ../../nbs/5_scans/05_volume_headers.ipynb #92b1f735

@@ -164,8 +164,7 @@ def write_volume(path: str | Path, volume: Volume) -> None:
             writer.put(z, plane)
 
         with ThreadPoolExecutor(THREADS) as pool:
-            for _ in pool.map(put, range(len(volume.array))):  # the first error stops the rest
-                pass
+            list(pool.map(put, range(len(volume.array))))  # the first error stops the rest
         writer.join()
         with disk_errors(path.name):
             commit(folder / path.name, path, folder / "earlier")
