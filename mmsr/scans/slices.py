@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRUST', 'OVERRULE', 'IN_PLANE_MM', 'MODALITIES', 'PADDING_BELOW_HU', 'IMPOSSIBLE_HU', 'Block', 'ReadOptions',
-           'refuse_unless_forced', 'check_spacing', 'voxel_size', 'check_grid', 'read_options', 'padding_values',
-           'HuHistogram', 'SliceSource', 'SliceReader', 'SharedFile', 'volume_of', 'Format']
+           'check_spacing', 'voxel_size', 'check_grid', 'read_options', 'padding_values', 'HuHistogram', 'SliceSource',
+           'SliceReader', 'SharedFile', 'volume_of', 'Format']
 
 # %% ../../nbs/5_scans/01_slices.ipynb #d0013162
 import math
@@ -23,6 +23,10 @@ from ..core import FileError, GeometryError, MMSRError, RangeError, SettingsErro
 from ..data.volume import AIR_HU, DicomSource, Grid, Volume, slice_range
 
 # %% ../../nbs/5_scans/01_slices.ipynb #415d6be4
+TRUST = "taken on trust: "
+OVERRULE = ", or overrule with --force (force=True in Python) if you are sure"
+
+
 class ReadOptions(NamedTuple):
     """What the caller of a reader asked for, and the notes taken on the way."""
 
@@ -35,16 +39,11 @@ class ReadOptions(NamedTuple):
     resample: bool = False  # a sheared or uneven stack is resampled to a regular grid
     series: str | None = None  # which of several: its number in the refusal's list, or its UID
 
-
-TRUST = "taken on trust: "
-OVERRULE = ", or overrule with --force (force=True in Python) if you are sure"
-
-
-def refuse_unless_forced(options: ReadOptions, kind: type[MMSRError], text: str) -> None:
-    """Refuse what a person may overrule; note it when overruled."""
-    if not options.force:
-        raise kind(f"{options.name}: {text}{OVERRULE}")
-    options.notes.append(f"{TRUST}{options.name}: {text}")
+    def refuse_unless_forced(self, kind: type[MMSRError], text: str) -> None:
+        """Refuse what a person may overrule; note it when overruled."""
+        if not self.force:
+            raise kind(f"{self.name}: {text}{OVERRULE}")
+        self.notes.append(f"{TRUST}{self.name}: {text}")
 
 # %% ../../nbs/5_scans/01_slices.ipynb #1191b1ca
 IN_PLANE_MM = {"clinical": (0.02, 5.0), "micro": (0.001, 0.5)}
@@ -61,9 +60,8 @@ def check_spacing(options: ReadOptions, spacing_mm: Sequence[float]) -> None:
     if min(spacing_mm) < low or max(spacing_mm[1:]) > high or spacing_mm[0] > 20:
         slip = "mm taken for µm" if min(spacing_mm) < low else "µm taken for mm"
         wanted = f"{options.modality} voxels of {low:g} to {high:g} mm, slices up to 20 mm apart"
-        refuse_unless_forced(
-            options, GeometryError, f"expected {wanted}, got {shown}: {slip}? check the unit"
-        )
+        text = f"expected {wanted}, got {shown}: {slip}? check the unit"
+        options.refuse_unless_forced(GeometryError, text)
 
 
 def voxel_size(
@@ -86,7 +84,7 @@ def check_grid(options: ReadOptions, grid: Grid) -> Grid:
     """Check voxels; those of the caller stand in for the file's, with force when they disagree."""
     if options.voxel and not np.allclose(options.voxel, grid.spacing_mm, rtol=1e-3):
         text = f"expected the file's own voxels {grid.spacing_mm} mm (z, y, x), got {options.voxel}"
-        refuse_unless_forced(options, GeometryError, f"{text}; leave voxel_mm and voxel_um out")
+        options.refuse_unless_forced(GeometryError, f"{text}; leave voxel_mm and voxel_um out")
         grid = grid._replace(spacing_mm=options.voxel)
     check_spacing(options, grid.spacing_mm)
     return grid
@@ -135,7 +133,7 @@ class HuHistogram:
         """Round a slice (y, x) to int16 HU and count its values; −32768 where not finite or declared padding."""
         if block.dtype.itemsize == 1 and not self.counts.any():  # said once, of the first slice
             text = "expected HU, got 8-bit grey, which cannot hold them; give the original"
-            refuse_unless_forced(self.options, RangeError, text)
+            self.options.refuse_unless_forced(RangeError, text)
         whole = block
         if block.dtype.kind == "f":
             bad = ~np.isfinite(block)
@@ -168,15 +166,14 @@ class HuHistogram:
         air = int(counts[: 32768 - 500].sum()) - padding
         low, high = (np.flatnonzero(counts)[[0, -1]] - 32768).tolist()
         if self.lost:
-            refuse_unless_forced(
-                options, RangeError, f"{self.lost} voxels are not finite; replace them"
-            )
+            text = f"{self.lost} voxels are not finite; replace them"
+            options.refuse_unless_forced(RangeError, text)
         if self.over:
             text = f"{self.over} voxels lie above 32767, which HU never do; check the unit"
-            refuse_unless_forced(options, RangeError, text)
+            options.refuse_unless_forced(RangeError, text)
         if air < 0.001 * (counts.sum() - padding):
             text = f"values {low} to {high} do not look like HU: hardly any air (below −500 HU)"
-            refuse_unless_forced(options, RangeError, f"{text}; give the scan in HU")
+            options.refuse_unless_forced(RangeError, f"{text}; give the scan in HU")
         if self.rounded:
             options.notes.append("values rounded to whole HU")
         table = np.arange(65536, dtype=np.uint16).view(np.int16)

@@ -17,14 +17,7 @@ import numpy as np
 
 from ..core import FileError, GeometryError, ShapeError
 from ..data.volume import Grid
-from mmsr.scans.slices import (
-    Block,
-    Format,
-    ReadOptions,
-    SharedFile,
-    SliceSource,
-    refuse_unless_forced,
-)
+from .slices import Block, Format, ReadOptions, SharedFile, SliceSource
 
 # %% ../../nbs/5_scans/07_tiff_stack.ipynb #1861b07e
 Said = tuple[tuple[float, float, float], str]  # a voxel size in mm (z, y, x), and who says so
@@ -195,7 +188,7 @@ def _tiff_grid(options: ReadOptions, files: list[TiffFile]) -> Grid:
         if options.voxel is None:
             way = "give voxel_mm=… or voxel_um=… and --force (force=True)"
             raise GeometryError(f"{options.name}: {text}; {way}")
-        refuse_unless_forced(options, GeometryError, f"{text}; take away what is wrong")
+        options.refuse_unless_forced(GeometryError, f"{text}; take away what is wrong")
     options.notes.append(f"voxel size (z, y, x) {shown[0]}")
     return Grid(said[0][0])
 
@@ -214,7 +207,7 @@ def _check_stack(options: ReadOptions, files: list[TiffFile]) -> None:
         k = int(np.argmax(steps != np.median(steps)))
         text = f"expected an even numbering, got {paths[k].name} just before it"
         named = options._replace(name=paths[k + 1].name)
-        refuse_unless_forced(named, GeometryError, f"{text}; add the missing slices")
+        named.refuse_unless_forced(GeometryError, f"{text}; add the missing slices")
     if any(file.lossy for file in files):
         options.notes.append("packed with a method that may lose detail (such as JPEG)")
     if what := files[0].named:
