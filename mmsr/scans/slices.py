@@ -19,7 +19,15 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from ..core import FileError, GeometryError, MMSRError, RangeError, SettingsError
+from mmsr.core import (
+    FileError,
+    GeometryError,
+    MMSRError,
+    RangeError,
+    ResourceError,
+    SettingsError,
+    available_memory,
+)
 from ..data.volume import AIR_HU, DicomSource, Grid, Volume, slice_range
 
 # %% ../../nbs/5_scans/01_slices.ipynb #415d6be4
@@ -98,7 +106,7 @@ def read_options(
     series: int | str | None = None,
 ) -> ReadOptions:
     """Check which scan is meant, and as what; the arguments are those of `read_volume`."""
-    if modality not in IN_PLANE_MM:
+    if modality not in MODALITIES:
         raise SettingsError(f"modality: expected 'clinical' or 'micro', got {modality!r}")
     name, chosen = os.path.basename(os.path.abspath(path)), None if series is None else str(series)
     return ReadOptions(name, [], modality, voxel_size(voxel_mm, voxel_um), series=chosen)
@@ -254,6 +262,10 @@ def volume_of(options: ReadOptions, stack: SliceSource, *, lazy: bool = False) -
     first, last = slice_range(options.slices, stack.shape[0], options.name)
     shape, clinical = (last - first, *stack.shape[1:]), options.modality == "clinical"
     dtype, table, total = np.dtype(np.int16) if clinical else stack.dtype, np.empty(0), 0
+    need, free = math.prod(shape) * dtype.itemsize, available_memory()
+    if need > free and not lazy:
+        text = f"takes {need / 1e9:.2f} GB of memory, got {free / 1e9:.2f} GB; read fewer slices"
+        raise ResourceError(f"{options.name}: {text}, or one at a time (lazy=True)")
     whole = np.empty((0, 0, 0) if lazy else shape, dtype)
     if clinical:
         histogram = HuHistogram(options)
