@@ -86,9 +86,8 @@ def _placed(header: Header, image: dict[str, Any], units: list[float | None]) ->
     if None in units or "scale" not in [step["type"] for step in steps]:
         return header
     in_mm = np.array(units, float)[::-1]
-    sx, sy, sz = (scale[:-4:-1] * in_mm).tolist()
-    x, y, z = (shift[:-4:-1] * in_mm).tolist()
-    return header._replace(spacing=(sx, sy, sz), origin=(x, y, z))
+    spacing, origin = (tuple((one[:-4:-1] * in_mm).tolist()) for one in (scale, shift))  # x, y, z
+    return header._replace(spacing=spacing, origin=origin)
 
 # %% ../../nbs/5_scans/08_ome_zarr.ipynb #dd317c30
 _TOWARDS = {  # RFC 4; other words, such as base-to-apex, are none of the patient's axes
@@ -124,10 +123,9 @@ def _own(header: Header, own: dict[str, Any]) -> Header:
     if not same or not np.allclose(said[1], origin @ axes, rtol=0, atol=1e-4):
         text = "contradicts itself: its multiscales and its attribute mmsr give other voxels"
         raise GeometryError(f"{text}; give a copy that was not edited")
-    x, y, z = origin.tolist()
-    notes = notice_in(str(own["notice"]))
+    place, notes = tuple(origin.tolist()), notice_in(str(own["notice"]))
     modality = "micro" if own["modality"] == "micro" else "clinical"
-    return header._replace(axes=axes, origin=(x, y, z), notes=notes, modality=modality)
+    return header._replace(axes=axes, origin=place, notes=notes, modality=modality)
 
 # %% ../../nbs/5_scans/08_ome_zarr.ipynb #676a2213
 _PIECES_MAX = 4_000_000
@@ -161,8 +159,7 @@ def _header(path: Path) -> tuple[Header, Any]:
     dtype = np.dtype(level.dtype.numpy_dtype)
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
         raise FileError("expected one grey number per voxel, got another kind")
-    z, y, x = level.shape[-3:]
-    header = Header((x, y, z), dtype, data)
+    header = Header(level.shape[:-4:-1], dtype, data)  # x, y, z
     if "image-label" in page.get("ome", page):
         header = header._replace(doubts=("holds labels, not grey; give the image they belong to",))
     axes = image["axes"][-3:]

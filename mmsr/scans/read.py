@@ -67,18 +67,16 @@ class Found(NamedTuple):
 
 
 def _sorted_by_format(files: list[Path]) -> tuple[list[Found], list[Path]]:
-    """Sort files by format, each in the order of the numbers in its names; the others are left."""
+    """Part files by format, in the order of the numbers in their names; the others are left."""
     found: dict[str, Found] = {}
     others = []
-    for file in files:
+    for file in sorted(files, key=lambda f: re.sub(r"\d+", lambda m: m[0].zfill(12), str(f))):
         if file.name.startswith(".") or not file.is_file():
             continue
         if file.name != "DICOMDIR" and (kind := format_of(file)):
             found.setdefault(kind.name, Found(kind, [])).files.append(file)
         else:
             others.append(file)
-    for one in found.values():
-        one.files.sort(key=lambda f: re.sub(r"\d+", lambda m: m[0].zfill(12), str(f)))
     return list(found.values()), others
 
 

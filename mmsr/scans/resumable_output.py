@@ -55,9 +55,8 @@ class Journal:
 
     def add(self, line: str) -> None:
         """Note a slice, in JSON."""
-        with self._writing, disk_errors(self._file.name):
-            with self._file.open("a", encoding="utf8") as f:
-                f.write(line + "\n")
+        with self._writing, disk_errors(self._file.name), self._file.open("ab") as f:
+            f.write(f"{line}\n".encode())
 
     def read(self) -> dict[int, dict[str, Any]]:
         """Return the records of the slices that are stored, of all processes."""
@@ -127,18 +126,15 @@ class ResumableOutput(contextlib.AbstractContextManager["ResumableOutput"]):
             raise ShapeError(f"slice {z}: expected planes of {wanted}, got {got}")
         line = json.dumps({"z": z, "facts": dict(facts)}, allow_nan=False)
         self._writers = self._writers or _open_all(self)
-        self._wait(QUEUE - 1)
+        if len(self._pending) == QUEUE:
+            self._pending.popleft().result()
         self._pending.append(self._pool.submit(self._store, z, dict(planes), line))
 
     def close(self) -> None:
         """Wait until the slices on their way are stored; let other processes have the rest."""
         with self._locks, self._pool:
-            self._wait()
-
-    def _wait(self, most: int = 0) -> None:
-        """Wait until no more than so many are on their way; raise what went wrong with them."""
-        while len(self._pending) > most:
-            self._pending.popleft().result()
+            while self._pending:
+                self._pending.popleft().result()
 
     def finish(self) -> list[dict[str, Any]] | None:
         """Complete the outputs and give them their names, unless slices are still to be made.

@@ -105,9 +105,8 @@ class Format(NamedTuple):
 
     def is_whole(self, to: Target) -> bool:
         """Look whether a finished output has all its slices; edited voxels are not noticed."""
-        if self.whole is not None:
-            return self.whole(to)
-        return all(self.has_slice(to, z) for z in range(len(to.volume.array)))
+        slices = range(len(to.volume.array))
+        return self.whole(to) if self.whole else all(self.has_slice(to, z) for z in slices)
 
 # %% ../../nbs/5_scans/10_slice_writers.ipynb #de9f45be
 def _numbers(values: Any) -> str:

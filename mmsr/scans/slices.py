@@ -118,13 +118,11 @@ IMPOSSIBLE_HU = -2000
 
 def padding_values(counts: np.ndarray) -> np.ndarray:
     """Find padding by the histogram of a scan: the counts of −32768 … 32767 HU, shape (65536,)."""
-    top, reach = 32768 + PADDING_BELOW_HU, 16
-    around = np.lib.stride_tricks.sliding_window_view(
-        np.pad(counts[: top + reach], (reach, 0)), 2 * reach + 1
-    ).copy()
-    around[:, reach] = 0
-    low = counts[:top]
-    spike = (low >= 0.001 * counts.sum()) & (low > 10 * around.max(1))
+    from scipy.ndimage import maximum_filter
+
+    low, near = counts[: 32768 + PADDING_BELOW_HU], np.arange(-16, 17) != 0  # not itself
+    around = maximum_filter(counts, footprint=near, mode="constant")[: len(low)]
+    spike = (low >= 0.001 * counts.sum()) & (low > 10 * around)
     values = np.arange(-32768, PADDING_BELOW_HU)
     return values[spike | ((values < IMPOSSIBLE_HU) & (low > 0))]
 

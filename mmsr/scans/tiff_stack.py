@@ -85,9 +85,8 @@ def _tiff_voxel(tif: Any) -> Said | None:
     if tif.is_ome:
         image = tifffile.xml2dict(tif.ome_metadata)["OME"]["Image"]
         pixels = (image[0] if isinstance(image, list) else image)["Pixels"]
-        sizes = [pixels.get(f"PhysicalSize{a}") for a in "ZYX"]
+        sizes, who = [pixels.get(f"PhysicalSize{a}") for a in "ZYX"], "OME"
         units = [LENGTHS_MM.get(pixels.get(f"PhysicalSize{a}Unit", "µm")) for a in "ZYX"]
-        who = "OME"
     elif tif.is_imagej and "XResolution" in (tags := tif.pages.first.tags):
         inverse = [tags[f"{a}Resolution"].value for a in "YX"]
         held = tif.imagej_metadata or {}
@@ -95,9 +94,8 @@ def _tiff_voxel(tif: Any) -> Said | None:
         units, who = [LENGTHS_MM.get(str(held.get("unit")))] * 3, "ImageJ"
     else:
         return None
-    if None in sizes or None in units:
-        return None
-    z, y, x = (abs(float(size)) * float(unit or 0) for size, unit in zip(sizes, units, strict=True))
+    both = zip(sizes, units, strict=True)
+    z, y, x = (abs(float(size or 0)) * float(unit or 0) for size, unit in both)  # 0: does not say
     return ((z, y, x), f"{who} in {tif.filehandle.name}") if min(z, y, x) > 0 else None
 
 
@@ -107,8 +105,8 @@ def read_tiff(path: Path) -> list[TiffFile]:
         with _tiff_file(path) as tif:
             cut = _tiff_cut(tif)
             series, page = tif.series[0], tif.pages.first
-            *more, height, width = series.shape
-            stacked = [n for n in more if n > 1] or [1]
+            size = series.shape[-2:]
+            stacked = [n for n in series.shape[:-2] if n > 1] or [1]
             axis = next((a for a, n in zip(series.axes, series.shape, strict=True) if n > 1), "")
             photometric, packing = int(page.photometric), int(page.compression)
             grey = page.samplesperpixel == 1 and photometric in (0, 1) and series.dtype is not None
@@ -119,13 +117,12 @@ def read_tiff(path: Path) -> list[TiffFile]:
         raise FileError("cut short, pages or pixels are missing; copy the file again")
     if not grey or dtype.kind not in "iuf" or (photometric == 0 and dtype.kind != "u"):
         raise FileError("expected one grey number per pixel, got colour or others; convert it")
-    if count > 1 or len(stacked) > 1 or not min(height, width, *stacked):
+    if count > 1 or len(stacked) > 1 or not min(*size, *stacked):
         got = f"{count} of {2 + len(stacked)}-D"
         raise ShapeError(f"expected one stack of slices, got {got}; save one")
     lossy = packing in (6, 7, 33003, 33005, 34712, 50001, 50002)  # JPEG, JPEG 2000, WebP, JPEG XL
     named = {"C": "channels", "T": "times"}.get(axis if stacked[0] > 1 else "", "")
-    size, white = (height, width), photometric == 0
-    return [TiffFile(path, stacked[0], size, dtype, white, lossy, named, said)]
+    return [TiffFile(path, stacked[0], size, dtype, photometric == 0, lossy, named, said)]
 
 # %% ../../nbs/5_scans/07_tiff_stack.ipynb #c4ca72db
 def _side_file(path: Path) -> dict[str, str]:

@@ -78,8 +78,7 @@ def unpack(path: Path, start: int = 0) -> Iterator[bytes]:
             while packed := stream.unconsumed_tail or f.read(1 << 16):
                 yield stream.decompress(packed, 1 << 20)
                 if stream.eof:
-                    rest = stream.unused_data
-                    f.seek(-len(rest), 1)
+                    f.seek(-len(stream.unused_data), 1)
                     if f.read(2) != b"\x1f\x8b":  # a stream may have several members
                         return
                     f.seek(-2, 1)
@@ -278,9 +277,8 @@ def read_metaimage(path: Path) -> Header:
     if int(fields.get("elementnumberofchannels", "1")) != 1:
         raise FileError("expected one value per voxel, got colour or vectors; convert it to grey")
     packed = _known("packing", fields.get("compresseddata", "false").lower(), yes)
-    size = tuple(map(int, fields["dimsize"].split()))
-    rank = len(size)
-    if int(fields["ndims"]) != rank:
+    size, rank = tuple(map(int, fields["dimsize"].split())), int(fields["ndims"])
+    if rank != len(size):
         raise ValueError("ndims")
     header = Header(size, np.dtype(order + kind), path, len(text), packed, notes=notice_in(text))
     other = fields.get("elementdatafile", "")

@@ -36,8 +36,7 @@ def format_of(path: str | Path) -> Format:
     name = path.name.lower()
     found = next((known for known in FORMATS if name.endswith(known.ending)), None)
     if found is None or name == found.ending:
-        endings = ", ".join(known.ending for known in FORMATS)
-        raise FileError(f"{path}: expected an ending of {endings}")
+        raise FileError(f"{path}: expected an ending of {', '.join(f.ending for f in FORMATS)}")
     if not path.parent.is_dir():
         raise FileError(f"{path}: its folder does not exist; create {path.parent} first")
     return found
