@@ -94,8 +94,9 @@ def _tiff_voxel(tif: Any) -> Said | None:
         units, who = [LENGTHS_MM.get(str(held.get("unit")))] * 3, "ImageJ"
     else:
         return None
-    both = zip(sizes, units, strict=True)
-    z, y, x = (abs(float(size or 0)) * float(unit or 0) for size, unit in both)  # 0: does not say
+    if None in sizes or None in units:
+        return None
+    z, y, x = (abs(float(size)) * float(unit or 0) for size, unit in zip(sizes, units, strict=True))
     return ((z, y, x), f"{who} in {tif.filehandle.name}") if min(z, y, x) > 0 else None
 
 
@@ -105,8 +106,8 @@ def read_tiff(path: Path) -> list[TiffFile]:
         with _tiff_file(path) as tif:
             cut = _tiff_cut(tif)
             series, page = tif.series[0], tif.pages.first
-            size = series.shape[-2:]
-            stacked = [n for n in series.shape[:-2] if n > 1] or [1]
+            *more, height, width = series.shape
+            stacked = [n for n in more if n > 1] or [1]
             axis = next((a for a, n in zip(series.axes, series.shape, strict=True) if n > 1), "")
             photometric, packing = int(page.photometric), int(page.compression)
             grey = page.samplesperpixel == 1 and photometric in (0, 1) and series.dtype is not None
@@ -117,12 +118,13 @@ def read_tiff(path: Path) -> list[TiffFile]:
         raise FileError("cut short, pages or pixels are missing; copy the file again")
     if not grey or dtype.kind not in "iuf" or (photometric == 0 and dtype.kind != "u"):
         raise FileError("expected one grey number per pixel, got colour or others; convert it")
-    if count > 1 or len(stacked) > 1 or not min(*size, *stacked):
+    if count > 1 or len(stacked) > 1 or not min(height, width, *stacked):
         got = f"{count} of {2 + len(stacked)}-D"
         raise ShapeError(f"expected one stack of slices, got {got}; save one")
     lossy = packing in (6, 7, 33003, 33005, 34712, 50001, 50002)  # JPEG, JPEG 2000, WebP, JPEG XL
     named = {"C": "channels", "T": "times"}.get(axis if stacked[0] > 1 else "", "")
-    return [TiffFile(path, stacked[0], size, dtype, photometric == 0, lossy, named, said)]
+    size, white = (height, width), photometric == 0
+    return [TiffFile(path, stacked[0], size, dtype, white, lossy, named, said)]
 
 # %% ../../nbs/5_scans/07_tiff_stack.ipynb #c4ca72db
 def _side_file(path: Path) -> dict[str, str]:
