@@ -78,9 +78,8 @@ def _tiling(g1: G1, x: Tensor, tile: int | None, precision: str) -> Tiling:
     if precision not in ("32", "bf16"):
         raise SettingsError(f"precision: expected '32' or 'bf16', got {precision!r}")
     if tile is not None and (isinstance(tile, str) or tile < 1):
-        raise SettingsError(
-            f"tile: expected 1 or more clinical pixels, or None for whole slices, got {tile!r}"
-        )
+        wanted = "1 or more clinical pixels, or None for whole slices"
+        raise SettingsError(f"tile: expected {wanted}, got {tile!r}")
     if tile is not None and (reason := untileable(g1)):
         raise SettingsError(reason)
     tile = UNTILED if tile is None else max(tile, MIN_TILE)
@@ -96,12 +95,7 @@ def _tiles(g1: G1, x: Tensor, tiling: Tiling) -> Iterator[tuple[Box, Tensor]]:
 
 
 def sr_slice(
-    g1: G1,
-    x: Tensor,
-    *,
-    tile: int | None = None,
-    precision: str = "32",
-    out: Tensor | None = None,
+    g1: G1, x: Tensor, *, tile: int | None = None, precision: str = "32", out: Tensor | None = None
 ) -> Tensor:
     """Super-resolve slices (R9): what `g1(x)` gives, in less memory.
 
