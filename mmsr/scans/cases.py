@@ -82,10 +82,8 @@ def open_case(folder: str | Path) -> Case:
     truth = read_volume(place / "truth.mha") if (place / "truth.mha").is_file() else None
     with np.load(place / "masks.npz") as masks:
         arrays = {name: masks[name] for name in masks.files}
-    places = {name: (int(z), int(y), int(x)) for name, (z, y, x) in facts["places"].items()}
-    mask = arrays.pop("mask")
-    more = facts["seen"], facts.get("scale", 8)
-    return Case(place.name, volume, mask, facts["source"], truth, arrays, places, *more)
+    facts["places"] = {name: tuple(zyx) for name, zyx in facts["places"].items()}
+    return Case(place.name, volume, arrays.pop("mask"), truth=truth, regions=arrays, **facts)
 
 # %% ../../nbs/5_scans/17_cases.ipynb #e69249b2
 class Prepared(Settings):
@@ -114,9 +112,8 @@ def read_prepared(folder: str | Path) -> Prepared:
     path = Path(folder, "prepared.json")
     if not path.is_file():
         raise FileError(f"{folder}: holds no prepared cases; run the experiment `prepare` first")
-    values = read_json(path)
     try:
-        return Prepared.read(values)
+        return Prepared.read(read_json(path))
     except SettingsError as e:
         raise FileError(f"{path}: {e}; run the experiment `prepare` again") from None
 

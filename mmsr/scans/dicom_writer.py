@@ -79,7 +79,7 @@ def _refer(to: Target, z: int, data: Any) -> None:
         data.SourceImageSequence = [made_from]
 
 
-def _picture(to: Target, z: int, pixels: bytes, data: Any) -> None:
+def _picture(to: Target, z: int, plane: np.ndarray, data: Any) -> None:
     """Add the pixels, what they mean and where they lie."""
     from pydicom.valuerep import format_number_as_ds
 
@@ -91,14 +91,11 @@ def _picture(to: Target, z: int, pixels: bytes, data: Any) -> None:
     data.ImageOrientationPatient = decimals(np.reshape(volume.direction, (3, 3))[:, :2].T.ravel())
     data.PixelSpacing = decimals(volume.spacing_mm[1:])
     data.SpacingBetweenSlices = decimals(volume.spacing_mm[:1])[0]
-    data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
-    _, data.Rows, data.Columns = volume.array.shape
-    data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 16, 15, 1
     data.RescaleIntercept, data.RescaleSlope = "0", "1"
     data.RescaleType = "HU" if volume.unit == "HU" else "US"
     if volume.unit == "HU":
         data.WindowCenter, data.WindowWidth = "-600", "1500"  # lung
-    data.PixelData = pixels
+    data.set_pixel_data(plane, "MONOCHROME2", 16, generate_instance_uid=False)
 
 # %% ../../nbs/5_scans/12_dicom_writer.ipynb #640c18f9
 def _file(to: Target, z: int) -> Path:
@@ -108,8 +105,7 @@ def _file(to: Target, z: int) -> Path:
 
 def _open(to: Target) -> Writer:
     """Write one CT object per slice, of int16 planes."""
-    from pydicom.dataset import Dataset, FileMetaDataset
-    from pydicom.uid import ExplicitVRLittleEndian
+    from pydicom.dataset import Dataset
 
     to.path.mkdir(exist_ok=True)
 
@@ -117,9 +113,7 @@ def _open(to: Target) -> Writer:
         data = Dataset()
         _describe(to, z, data)
         _refer(to, z, data)
-        _picture(to, z, plane.tobytes(), data)
-        data.file_meta = FileMetaDataset()
-        data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        _picture(to, z, plane, data)
         write_piece(_file(to, z), lambda f: data.save_as(f, enforce_file_format=True), to.sync)
 
     return Writer(put)
@@ -136,9 +130,8 @@ def _check(name: str, volume: Volume) -> None:
     """Refuse slices whose sources are not known one by one."""
     depth, known = volume.array.shape[0], volume.source and len(volume.source.instances)
     if known not in (None, depth):
-        raise ShapeError(
-            f"{name}: expected a source for each of {depth} slices, got {known}; use Volume.take"
-        )
+        text = f"expected a source for each of {depth} slices, got {known}"
+        raise ShapeError(f"{name}: {text}; use Volume.take")
 
 
 DICOM = Format(

@@ -29,21 +29,10 @@ class SliceSpacing(NamedTuple):
     steps: np.ndarray  # from one slice to the next (n − 1,)
     usual: float  # the lower median of the steps
     gaps: np.ndarray  # how many usual steps each step is (n − 1,)
+    holes: np.ndarray  # where whole slices are missing: indices into `steps`
     sideways: float  # farthest that a slice lies off the normal through the first
     tilt: float  # degrees between the normal and the way from slice to slice
-    uneven: float  # farthest that a slice lies off an even grid
-
-    @property
-    def even(self) -> bool:
-        """Whether its slices lie on an even grid, as far as positions are rounded."""
-        return self.uneven <= max(0.05 * self.usual, ROUNDED_MM)
-
-    @property
-    def holes(self) -> np.ndarray:
-        """Where whole slices are missing: indices into `steps`."""
-        with np.errstate(divide="ignore", invalid="ignore"):
-            whole = np.abs(self.steps / self.usual - self.gaps) < 0.1
-        return np.flatnonzero((self.gaps > 1) & whole)
+    even: bool  # whether the slices lie on an even grid, as far as positions are rounded
 
 
 def measure_steps(places: np.ndarray, normal: np.ndarray) -> SliceSpacing:
@@ -55,11 +44,15 @@ def measure_steps(places: np.ndarray, normal: np.ndarray) -> SliceSpacing:
     usual = float(np.sort(apart)[(apart.size - 1) // 2]) if apart.size else 0.0
     moved = places - places[0] - np.outer(along - along[0], normal)
     sideways = float(np.linalg.norm(moved, axis=1).max())
-    even = (along[-1] - along[0]) / len(steps)
     gaps = np.rint(steps / usual).astype(int) if usual else np.zeros(len(steps), int)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        whole = np.abs(steps / usual - gaps) < 0.1
+    holes = np.flatnonzero((gaps > 1) & whole)
     tilt = float(np.degrees(np.arctan2(sideways, along[-1] - along[0])))
-    uneven = float(np.ptp(along - even * np.arange(len(along))) / 2)
-    return SliceSpacing(along, steps, usual, gaps, sideways, tilt, uneven)
+    mean = (along[-1] - along[0]) / len(steps)
+    off = np.ptp(along - mean * np.arange(len(along))) / 2  # the farthest off an even grid
+    even = bool(off <= max(0.05 * usual, ROUNDED_MM))
+    return SliceSpacing(along, steps, usual, gaps, holes, sideways, tilt, even)
 
 # %% ../../nbs/5_scans/03_regular_grid.ipynb #d6227144
 def _moved(plane: np.ndarray, shift: np.ndarray, sides: tuple[int, int]) -> np.ndarray:
@@ -130,8 +123,7 @@ def resample_to_regular_grid(
         options.notes.append(text)
 
     def placed(k: int) -> np.ndarray:
-        block, padding = next(stack.blocks(k, k + 1))
-        hu = HuHistogram(quiet).hu_slice(block, padding)
+        hu = HuHistogram(quiet).hu_slice(*next(stack.blocks(k, k + 1)))
         known = table[hu.view(np.uint16)] == hu
         return _moved(np.where(known, hu, np.float32(np.nan)), shift[k], field)
 

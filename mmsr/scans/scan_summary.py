@@ -16,7 +16,7 @@ import numpy as np
 from ..core import FileError, MMSRError
 from ..data.volume import LUNG_WINDOW_HU, Grid
 from .dicom_file import DicomSlice
-from .dicom_series import DICOM, DicomFacts, dicom_facts, scan_series
+from .dicom_series import DICOM, header_lines, scan_series
 from .read import Found, find_scan, inspect_file, open_stack
 from .slices import OVERRULE, TRUST, HuHistogram, ReadOptions, SliceSource, read_options
 from .volume_headers import Header
@@ -50,19 +50,15 @@ class Plane(NamedTuple):
     # height and width of a pixel; None if the scan does not say
     pixel_mm: tuple[float, float] | None
     # sides of the patient at the left, right, upper and lower edge; empty if not known
-    letters: tuple[str, str, str, str]
+    letters: tuple[str, str, str, str] = ("", "", "", "")
 
 
-def radiological_view(
-    image: np.ndarray, axes: np.ndarray, pixel_mm: tuple[float, float] | None, *, known: bool = True
-) -> Plane:
-    """Turn a plane (h, w) over where radiologists would, and letter its edges.
+def radiological_view(plane: Plane, axes: np.ndarray) -> Plane:
+    """Turn a plane over where radiologists would, name it, and letter its edges.
 
     `axes` (3, 2) are the world directions of its rows' and columns' index (down, right).
     """
-    if not known:
-        return Plane("", image, pixel_mm, ("", "", "", ""))
-    down, right = axes.T
+    image, (down, right) = plane.image, axes.T
     if right[np.abs(right).argmax()] < 0:  # left and back belong to the right side
         image, right = image[:, ::-1], -right
     main = int(np.abs(down).argmax())
@@ -70,7 +66,7 @@ def radiological_view(
         image, down = image[::-1], -down
     title = ("sagittal", "coronal", "axial")[int(np.abs(np.cross(down, right)).argmax())]
     letters = tuple(side_letters(v) for v in (-right, right, -down, down))
-    return Plane(title, image, pixel_mm, letters)  # type: ignore[arg-type]
+    return Plane(title, image, plane.pixel_mm, letters)  # type: ignore[arg-type]
 
 # %% ../../nbs/5_scans/16_scan_summary.ipynb #e5ccd513
 class ScanInfo(NamedTuple):
@@ -100,43 +96,20 @@ def _format(found: Found) -> str:
     return found.format.name + f", {n} file{'s'[: n > 1]}" * found.format.many + ", packed" * packed
 
 
-def _dicom_lines(facts: DicomFacts) -> tuple[tuple[str, str], ...]:
-    """Put what the headers of a series say into lines."""
-    tags, fit, gaps = facts.series.heads[0].tags, facts.fit, facts.gaps
-    number, thick = tags["SeriesNumber"], tags["SliceThickness"]
-    shown = tags["PhotometricInterpretation"]
-    places = ", ".join(f"{n} at {mm:.4g} mm" for mm, n in gaps[:6])
-    missing, same, double = sum(n for _, n in gaps), sum(facts.copies), len(facts.copies)
-    low, high, tilt = fit.steps.min(), fit.steps.max(), facts.tilt_degrees
-    uneven = not gaps and high - low > 0.1 * fit.usual
-    lines = (
-        ("packing", facts.packing),
-        ("number", number.isdigit() and f"series {int(number)}"),
-        ("kernel", tags["ConvolutionKernel"]),
-        ("thickness", thick and f"{thick:g} mm, slices {fit.usual:.4g} mm apart"),
-        ("tilt", tilt and f"{tilt:.1f}°, {fit.sideways:.1f} mm sideways over the stack"),
-        ("gaps", gaps and f"missing slices: {missing} ({places} from the first slice)"),
-        ("steps", uneven and f"{low:.4g} to {high:.4g} mm apart"),
-        ("doubles", double and f"{same} places with copies, {double - same} with different slices"),
-        ("photometric", shown != "MONOCHROME2" and shown),
-    )
-    return tuple((label, text) for label, text in lines if text)
-
-
 def _dicom_part(
     info: ScanInfo, options: ReadOptions, heads: list[DicomSlice]
-) -> tuple[ScanInfo, ReadOptions]:
-    """Add what the headers of DICOM files say, and choose the longest series if none is asked for."""
-    found = scan_series(heads)
+) -> tuple[ScanInfo, list[ReadOptions]]:
+    """Add what the headers of DICOM files say; if no series is asked for, the longest is tried, too."""
+    found, ways = scan_series(heads), [options]
     if len(found) > 1:
         info = info._replace(series=tuple(s.line() for s in found))
         if options.series is None:
             most = max(found, key=lambda s: len(s.heads))
-            options = options._replace(series=str(most.number))
+            ways.append(options._replace(series=str(most.number)))
     try:
-        return info._replace(headers=_dicom_lines(dicom_facts(options, heads))), options
+        return info._replace(headers=header_lines(ways[-1], heads)), ways
     except MMSRError:  # the refusal says why
-        return info, options
+        return info, ways
 
 
 def _file_part(info: ScanInfo, header: Header) -> ScanInfo:
@@ -151,13 +124,12 @@ def _file_part(info: ScanInfo, header: Header) -> ScanInfo:
 
 # %% ../../nbs/5_scans/16_scan_summary.ipynb #2d434228
 def _open_somehow(
-    found: Found, heads: list[Any], asked: tuple[ReadOptions, ReadOptions], refusals: list[str]
-) -> tuple[SliceSource | None, ReadOptions]:
+    found: Found, heads: list[Any], ways: list[ReadOptions], refusals: list[str]
+) -> tuple[SliceSource, ReadOptions] | None:
     """Open a scan as asked, or as it can be; the lines that refuse it are added."""
-    options, chosen = asked
-    forced = chosen._replace(force=True)
-    ways = [options, *([chosen] * (chosen != options)), forced, forced._replace(resample=True)]
-    if options.voxel is None:
+    forced = ways[-1]._replace(force=True)
+    ways = [*ways, forced, forced._replace(resample=True)]
+    if forced.voxel is None:
         ways.append(ways[-1]._replace(voxel=(0.1, 0.1, 0.1)))  # possible for both modalities
     for way in ways:
         way = way._replace(notes=[])
@@ -167,7 +139,7 @@ def _open_somehow(
             refusals.append(str(e))
             if way.force and isinstance(e, FileError):  # damage, which no other way mends
                 break
-    return None, options
+    return None
 
 # %% ../../nbs/5_scans/16_scan_summary.ipynb #b022206b
 _MOST_SLICES = 600  # that are looked at
@@ -177,7 +149,7 @@ _MOST_PIXELS = 1024  # of a side of a picture
 def _pass_over(
     options: ReadOptions, stack: SliceSource, every: int
 ) -> tuple[HuHistogram, tuple[float, float], list[np.ndarray], list[str]]:
-    """Return HU counts, the range of grey, three planes (fewer if it broke off), and the fault."""
+    """Return HU counts, the range of grey, three planes (none if it broke off at once), and the fault."""
     count, height, width = stack.shape
     histogram, low, high = HuHistogram(options), math.inf, -math.inf
     middle, rows, columns, faults = np.empty(0), [], [], []
@@ -202,20 +174,15 @@ def _pass_over(
 
 def _views(info: ScanInfo, grid: Grid, planes: list[np.ndarray], every: int) -> tuple[Plane, ...]:
     """Turn three planes of an array as radiologists look at them."""
-    if len(planes) < 3:
-        return ()
     axes, (z, y, x) = np.reshape(grid.direction, (3, 3)), grid.spacing_mm
-    ways = (
-        ("slice", axes[:, [1, 0]], y, x),
-        ("side view, along y", axes[:, [2, 0]], z * every, x),
-        ("side view, along x", axes[:, [2, 1]], z * every, y),
-    )
+    sides_mm = x, y, z * every
+    ways = {"slice": (1, 0), "side view, along y": (2, 0), "side view, along x": (2, 1)}
     views = []
-    for image, (name, turn, down, right) in zip(planes, ways, strict=True):
+    for image, (name, (down, right)) in zip(planes, ways.items(), strict=False):  # or no planes
         j, i = (math.ceil(side / _MOST_PIXELS) for side in image.shape)
-        pixel = None if info.grid is None else (down * j, right * i)
-        plane = radiological_view(image[::j, ::i], turn, pixel, known=info.oriented)
-        views.append(plane._replace(title=plane.title or name))
+        pixel = None if info.grid is None else (sides_mm[down] * j, sides_mm[right] * i)
+        plane = Plane(name, image[::j, ::i], pixel)
+        views.append(radiological_view(plane, axes[:, [down, right]]) if info.oriented else plane)
     return tuple(views)
 
 # %% ../../nbs/5_scans/16_scan_summary.ipynb #22dc3788
@@ -225,7 +192,7 @@ def _survey(info: ScanInfo, options: ReadOptions, stack: SliceSource) -> ScanInf
     options, clinical = options._replace(force=True), info.modality == "clinical"
     histogram, values, planes, faults = _pass_over(options, stack, every)
     window, padding = LUNG_WINDOW_HU, None
-    if clinical and len(planes) == 3:
+    if clinical and planes:
         table, counts = histogram.air_table(), histogram.counts
         marked, count, words = histogram.padding()
         kept = np.setdiff1d(np.flatnonzero(counts).astype(np.uint16).view(np.int16), marked)
@@ -233,17 +200,16 @@ def _survey(info: ScanInfo, options: ReadOptions, stack: SliceSource) -> ScanInf
         padding = (float(count / counts.sum()), words) if count else None
         planes = [table[plane.view(np.uint16)] for plane in planes]  # without padding
     trusted = [n for n in options.notes if n.startswith(TRUST)]
-    if len(planes) == 3 and (any("HU" in n for n in trusted) or not clinical):  # unknown grey
+    if planes and (any("HU" in n for n in trusted) or not clinical):  # unknown grey
         finite = planes[0][np.isfinite(planes[0])]
-        low, high = np.percentile(finite, (0.5, 99.5)).tolist() if finite.size else (0.0, 1.0)
-        window = (low, high)
+        window = tuple(np.percentile(finite, (0.5, 99.5)).tolist()) if finite.size else (0.0, 1.0)
     refusals = (*info.refusals, *faults)
     doubts = [n.removeprefix(TRUST) for n in trusted]
     refusals += tuple(d + OVERRULE for d in doubts if d not in " ".join(refusals))
     notes = [n for n in options.notes if n not in trusted and "padding voxels" not in n]
     return info._replace(
         dtype=info.dtype or stack.dtype.name,
-        values=values if len(planes) == 3 and math.isfinite(values[0]) else None,
+        values=values if planes and math.isfinite(values[0]) else None,
         padding=padding,
         seen=every,
         notes=tuple(dict.fromkeys(notes)),
@@ -296,21 +262,20 @@ def scan_info(
             refusals.append(str(e))
     header = heads[0] if heads and isinstance(heads[0], Header) else None
     modality = modality or (header.modality if header else "") or found.format.modality
-    options = chosen = read_options(path, modality, voxel_mm, voxel_um, series)
+    options = read_options(path, modality, voxel_mm, voxel_um, series)
     info = ScanInfo(options.name, _format(found), modality, oriented=found.format is DICOM)
+    ways = [options]
     if heads and found.format is DICOM:
-        info, chosen = _dicom_part(info, options, heads)
+        info, ways = _dicom_part(info, options, heads)
     elif header:
         info = _file_part(info, header)
-    stack, used = None, options
-    if heads:
-        stack, used = _open_somehow(found, heads, (options, chosen), refusals)
+    opened = _open_somehow(found, heads, ways, refusals) if heads else None
     info = info._replace(refusals=tuple(dict.fromkeys(refusals)))
-    if stack is None:
+    if opened is None:
         return info
+    stack, used = opened
     grid = None if used.voxel and not options.voxel else stack.grid
-    info = info._replace(shape=stack.shape, grid=grid)
-    return _survey(info, used, stack)
+    return _survey(info._replace(shape=stack.shape, grid=grid), used, stack)
 
 # %% ../../nbs/5_scans/16_scan_summary.ipynb #34a8475b
 def _size_lines(info: ScanInfo) -> list[tuple[str, str]]:
@@ -360,16 +325,14 @@ def info_picture(info: ScanInfo) -> Any:
 
     if not info.planes:
         return None
-    sizes = [p.pixel_mm or (1.0, 1.0) for p in info.planes]
-    fields = [np.multiply(p.image.shape, s) for p, s in zip(info.planes, sizes, strict=True)]
+    fields = [np.multiply(p.image.shape, p.pixel_mm or 1.0) for p in info.planes]
     figure = plt.figure(figsize=(9, 3.8), dpi=80, layout="constrained")
     shares = [max(f[1], 0.2 * max(f)) for f in fields]
     axes = figure.subplots(1, len(fields), width_ratios=shares, squeeze=False)
     low, high = info.window
+    greys = {"cmap": "gray", "vmin": low, "vmax": max(high, low + 1e-6)}
     for ax, plane, (tall, wide) in zip(axes[0], info.planes, fields, strict=True):
-        image = plane.image.astype(np.float32)
-        greys = {"cmap": "gray", "vmin": low, "vmax": max(high, low + 1e-6)}
-        ax.imshow(image, extent=(0, wide, tall, 0), **greys)
+        ax.imshow(plane.image.astype(np.float32), extent=(0, wide, tall, 0), **greys)
         ax.set(title=plane.title, aspect="equal", xlabel="mm" if plane.pixel_mm else "pixels")
         ax.tick_params(labelsize=8)
         for text, (x, y, across, along) in zip(plane.letters, _EDGES, strict=True):

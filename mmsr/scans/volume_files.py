@@ -8,7 +8,7 @@ __all__ = ['NIFTI', 'NRRD', 'METAIMAGE', 'stack_of', 'open_scan_file']
 # %% ../../nbs/5_scans/06_volume_files.ipynb #ce63bddf
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -16,14 +16,7 @@ import numpy as np
 from ..core import FileError, GeometryError, RangeError, ResourceError
 from ..data.volume import Grid
 from .regular_grid import resample_to_regular_grid
-from mmsr.scans.slices import (
-    Block,
-    Format,
-    ReadOptions,
-    SharedFile,
-    SliceSource,
-    refuse_unless_forced,
-)
+from .slices import Format, ReadOptions, SharedFile, SliceSource, refuse_unless_forced
 from .volume_headers import HEADERS, Header, read_header, unpack
 
 # %% ../../nbs/5_scans/06_volume_files.ipynb #520c2b38
@@ -106,11 +99,12 @@ def stack_of(
         refuse_unless_forced(options, RangeError, text)
     options.notes.extend(header.notes)
     read, (width, height, count) = opened(), header.size[:3]
-
-    def blocks(first: int, last: int) -> Iterator[Block]:
-        return ((read(z), None) for z in range(first, last))
-
-    stack = SliceSource((count, height, width), header.dtype, grid, blocks)
+    stack = SliceSource(
+        (count, height, width),
+        header.dtype,
+        grid,
+        lambda first, last: ((read(z), None) for z in range(first, last)),
+    )
     normal = np.reshape(grid.direction, (3, 3))[:, 2]
     way = normal if header.axes is None else header.axes[:, 2]
     if np.allclose(way, normal, atol=1e-4):
