@@ -5,8 +5,8 @@ DOCSTRINGS = 2_500
 LONGEST = 400
 MEDIAN = 150
 LONG_PAGES = {
-    "5_scans/05_volume_headers.ipynb": 253,
+    "5_scans/06_volume_headers.ipynb": 253,
 }
 LONG_CELLS = {
-    "5_scans/15_resumable_output.ipynb: ResumableOutput": 70,
+    "5_scans/16_resumable_output.ipynb: ResumableOutput": 70,
 }
