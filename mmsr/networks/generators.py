@@ -185,17 +185,13 @@ class G1(Network):
     """
 
     settings_class: ClassVar[type[Settings]]
+    min_size = 1  # shortest side of a patch
     noise_channels = 0  # of white noise on the patch's grid that `forward` draws from
 
     @property
     def scale(self) -> int:
         """Linear ratio of the two grids."""
         return self.settings.scale
-
-    @property
-    def min_size(self) -> int:
-        """Shortest side of a patch."""
-        return 1
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """Enlarge patches (b, 1, h, w) in [−1, 1] to (b, 1, scale·h, scale·w), as `noise_of` says."""
@@ -256,11 +252,8 @@ class SRGenerator(G1):
         noisy = range(octaves) if settings.noise else ()
         self.strength = nn.ParameterList([torch.full((n >> i + 1,), 0.3) for i in noisy])
         self.noise_channels = sum(4 ** (i + 1) for i in noisy)  # all pixels of all finer grids
-
-    @property
-    def min_size(self) -> int:
-        """Shortest side of a patch: a mirror needs something to reflect."""
-        return max(self.settings.head_kernel, self.settings.up_kernel) // 2 + 1
+        # A mirror needs something to reflect.
+        self.min_size = max(settings.head_kernel, settings.up_kernel) // 2 + 1
 
     def draw(self, generator: torch.Generator | None) -> None:
         """Draw the weights."""
@@ -331,12 +324,8 @@ class ResnetGenerator(G1):
         width = n >> octaves if octaves > 0 else n << -octaves
         self.last = layers.LastConvolution(width, 1, 7)
         self.gain = min(n / width, 1.0)  # Adam's step of the sum grows with its channels
-
-    @property
-    def min_size(self) -> int:
-        """Shortest side of an image: a mirror needs something to reflect, on every grid."""
-        s = self.settings
-        return max(-(-5 // s.enlarged), 4 * s.scale if s.octaves < 0 else 1)
+        # A mirror needs something to reflect, on every grid.
+        self.min_size = max(-(-5 // settings.enlarged), 4 * settings.scale if octaves < 0 else 1)
 
     def draw(self, generator: torch.Generator | None) -> None:
         """Draw the weights."""

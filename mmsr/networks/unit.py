@@ -153,11 +153,7 @@ class UNITGenerator(G1):
         self.settings = settings
         self.encoder = networks.encode_x if networks else Encoder(settings, settings.halvings_x)
         self.decoder = networks.decode_y if networks else Decoder(settings, settings.halvings_y)
-
-    @property
-    def min_size(self) -> int:
-        """Shortest side of a patch."""
-        return -(-self.encoder.min_size // self.settings.enlarged)
+        self.min_size = -(-self.encoder.min_size // settings.enlarged)
 
     @classmethod
     def build(cls, settings: UNITSettings, generator: torch.Generator | None = None) -> Self:
