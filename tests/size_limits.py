@@ -1,10 +1,8 @@
 """How long the package may be, and the exceptions, which only shrink."""
 
-CODE = 9_000
+CODE = 8_900
 DOCSTRINGS = 2_500
 LONGEST = 400
 MEDIAN = 150
-LONG_PAGES = {
-}
-LONG_CELLS = {
-}
+LONG_PAGES = {}
+LONG_CELLS = {}
