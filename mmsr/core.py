@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RESEARCH_ONLY', 'DECIDING', 'MMSRError', 'ShapeError', 'RangeError', 'GeometryError', 'FileError', 'SettingsError',
            'ResourceError', 'refusal', 'seeded', 'disk_errors', 'atomic_write', 'write_json', 'read_json',
-           'fingerprint', 'Settings', 'environment', 'available_memory', 'progress_bar', 'show_patches',
-           'add_scale_bar']
+           'fingerprint', 'Settings', 'environment', 'available_memory', 'process_memory', 'progress_bar',
+           'show_patches', 'add_scale_bar', 'say_if_black', 'short_path']
 
 # %% ../nbs/00_core.ipynb #2e70cbc5
 import difflib
@@ -180,7 +180,7 @@ class Settings(pydantic.BaseModel):
 
 # %% ../nbs/00_core.ipynb #c951e950
 def _settings_message(cls: type[Settings], error: pydantic.ValidationError) -> str:
-    """Put the first complaint of pydantic into one line; say how many more there are."""
+    """Put the first complaint of pydantic into one line; name what else it complains of."""
     first, *more = error.errors(include_url=False)
     name = ".".join(map(str, first["loc"])) or cls.__name__
     if first["type"] == "extra_forbidden":
@@ -194,7 +194,9 @@ def _settings_message(cls: type[Settings], error: pydantic.ValidationError) -> s
         text = f"{name}: {reason[0].lower()}{reason[1:]}"
         if not isinstance(first["input"], Mapping):  # a whole model says nothing
             text += f", got {first['input']!r}"
-    return " ".join(text.split()) + (f" (and {len(more)} more)" if more else "")
+    others = dict.fromkeys(".".join(map(str, e["loc"])) for e in more)
+    also = ", ".join(other for other in others if other not in ("", name))
+    return " ".join(text.split()) + (f"; also wrong: {also}" if also else "")
 
 
 def _fields(model: Any, path: Sequence[str]) -> list[str]:
@@ -234,6 +236,13 @@ def available_memory() -> int:
     import psutil  # only here: bare GPU images may lack it
 
     return psutil.virtual_memory().available
+
+
+def process_memory() -> int:
+    """Tell how many bytes this process has taken: the libraries and what is loaded."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
 
 # %% ../nbs/00_core.ipynb #9b9c7245
 def progress_bar(total: int, label: str, *, unit: str, initial: int = 0, shown: bool = True) -> Any:
@@ -326,3 +335,17 @@ def add_scale_bar(ax: Any, spacing_mm: float, width_px: int) -> float:
     text = {"fontsize": 8, "ha": "center", "va": "bottom", "bbox": stroke}
     ax.text(right - width / 2, low + 0.02, unit, **text, **place)
     return float(length)
+
+
+def say_if_black(ax: Any, image: np.ndarray, low: float, unit: str) -> None:
+    """Write over an image why it is all black, if nothing lies above the lower end of its window."""
+    values = image[np.isfinite(image)]
+    if values.size == 0 or values.max() <= low:
+        ends = f"{values.min():.4g} to {values.max():.4g} {unit}" if values.size else "not finite"
+        place = {"transform": ax.transAxes, "ha": "center", "fontsize": 8}
+        ax.text(0.5, 0.5, f"black: all is {ends}", color="white", **place)
+
+
+def short_path(path: str | Path) -> str:
+    """Name a file or folder for messages, with the folder that it lies in: many share a name."""
+    return str(Path(*Path(os.path.abspath(path)).parts[-2:]))

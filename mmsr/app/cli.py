@@ -8,6 +8,7 @@ __all__ = ['app', 'PATIENCE_S', 'super_resolve', 'info', 'run', 'train_from_file
 # %% ../../nbs/8_app/06_cli.ipynb #6689188e
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Annotated, Any
 
 import pydantic
 import yaml
-from typer import Argument, Option, Typer, echo
+from typer import Argument, Exit, Option, Typer, echo
 
 from .run_notebook import experiments_folder, noticed_interrupts, read_yaml, run_experiment
 from ..core import RESEARCH_ONLY, FileError, MMSRError, SettingsError, atomic_write, environment
@@ -28,23 +29,18 @@ app = Typer(
 )
 
 
-def _pair(text: str, between: str) -> tuple[int, int]:
-    """Read two whole numbers; zeros if the text is of another form."""
-    first, _, second = text.partition(between)
-    return (int(first), int(second)) if first.isdecimal() and second.isdecimal() else (0, 0)
-
-
-def _slices(text: str) -> tuple[int, int]:
-    """Read ``"60:62"`` as the slices 60 and 61, counted from 0."""
-    first, end = _pair(text, ":")
-    if first >= end:
-        raise SettingsError(f"slices: expected FIRST:END, rising, such as 60:62, got {text}")
-    return first, end
+def _in_options(text: str, voxel: str = "it in a format that does, such as .nrrd") -> str:
+    """Speak of options where the library speaks of its parameters."""
+    text = re.sub(r" \((force|resample|series|overwrite|lazy)=[^)]*\)", "", text)
+    text = re.sub(r"voxel_mm=…( or voxel_um=…)?", voxel, text)
+    return re.sub(r"^(slices|series|part|out): ", r"--\1: ", text)
 
 
 def _part(text: str) -> tuple[int, int]:
     """Read ``"2/4"`` as the second of four shares."""
-    i, n = _pair(text, "/")
+    first, _, second = text.partition("/")
+    decimal = first.isdecimal() and second.isdecimal()
+    i, n = (int(first), int(second)) if decimal else (0, 0)
     if not 1 <= i <= n:
         raise SettingsError(f"part: expected I/N with I from 1 to N, such as 2/4, got {text}")
     return i, n
@@ -156,13 +152,13 @@ def super_resolve(
     taken = [path for path in (*volumes, picture) if path.exists() and not (begun or overwrite)]
     if not all(map(is_stamped, volumes)):
         _refuse_existing(taken)
-    share, wanted = _part(part), _slices(slices) if slices else None
+    share = _part(part)
     asked = {"tile": tile or "auto", "batch": batch or "auto", "precision": precision}
     asked |= {"exact_means": exact_means, "uncertainty": uncertainty is not None}
     options = SROptions.read({**asked, "device": str(choose_device(device))})
     g1, card = load_generator(find_weights(weights))
     how: dict[str, Any] = {"force": force, "resample": resample, "series": series}
-    volume = read_volume(scan, slices=wanted, lazy=True, **how)
+    volume = read_volume(scan, slices=slices, lazy=True, **how)
     if RESEARCH_ONLY in volume.notes and not force:
         raise FileError(f"{scan}: is itself super-resolved; give what it was made from, or --force")
     inside = find_lung(volume) if lung_only and mask is None else None
@@ -173,7 +169,7 @@ def super_resolve(
         echo(f"{out}: {_FINISHED}")
         return
     _refuse_existing(taken)
-    for note in volume.notes:
+    for note in job.volume.notes:
         echo(f"note: {note}", err=True)
     echo("\n".join(job.lines(time_one_slice(job))), err=True)
     if not only_plan:
@@ -188,16 +184,18 @@ def info(
     micro: Annotated[bool, Option("--micro", help="a µCT scan, in grey values")] = False,
     voxel_um: Annotated[float | None, Option(help="voxel size of files without one, µm")] = None,
 ) -> None:
-    """Say what is in a scan: geometry, HU, padding, tilt, gaps; and whether it can be read."""
+    """Say what is in a scan: geometry, HU, padding, tilt, gaps; and whether it can be read (else exit 2)."""
     from mmsr.scans.scan_summary import info_picture, info_text, scan_info
 
     if picture is not None and picture.suffix.lower() != ".png":
         raise FileError(f"{picture}: expected a name that ends in .png")
     found = scan_info(scan, modality="micro" if micro else None, voxel_um=voxel_um, series=series)
-    echo(info_text(found))
+    echo(_in_options(info_text(found), "--voxel-um …"))
     if picture is not None and (drawn := info_picture(found)) is not None:
         with atomic_write(picture) as temporary:
             drawn.savefig(temporary, format="png")
+    if found.refusals:
+        raise Exit(2)
 
 # %% ../../nbs/8_app/06_cli.ipynb #aef0f743
 @app.command()
@@ -329,5 +327,5 @@ def _say(text: str, code: int) -> int:
             return code
         time.sleep(PATIENCE_S)
         text = f"process {process}: {text}"
-    print(f"mmsr: {' '.join(text.split())}", file=sys.stderr)
+    print(f"mmsr: {' '.join(_in_options(text).split())}", file=sys.stderr)
     return code

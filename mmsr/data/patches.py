@@ -51,6 +51,7 @@ class CaseRecord(Settings):
     fingerprint: str
     mask_fingerprint: str
     spacing_mm: tuple[float, float, float]
+    kernel: str = ""  # of the reconstruction, where the scan names it
     window: dict[str, float | str]
     taken: pydantic.PositiveInt
     rejected_flat: int
@@ -195,6 +196,7 @@ def _record(case: PatchCase, window: Window) -> dict[str, Any]:
         "fingerprint": core.fingerprint(case.volume.array),
         "mask_fingerprint": core.fingerprint(case.mask),
         "spacing_mm": tuple(float(step) for step in case.volume.spacing_mm),
+        "kernel": getattr(getattr(case.volume, "source", None), "kernel", ""),
         "window": (case.window or window).to_dict(),
     }
 

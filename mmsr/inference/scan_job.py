@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from .. import __version__
-from ..core import ResourceError, SettingsError, fingerprint, progress_bar
+from ..core import ResourceError, SettingsError, fingerprint, process_memory, progress_bar
 from ..data.volume import Volume
 from .memory import BATCHES_IN_FLIGHT
 from .sr_slices import ScanSummary, SROptions, SRSlice, checked, super_resolve_slices
@@ -60,7 +60,7 @@ class ScanJob(NamedTuple):
     output: OutputPlan
     overwrite: bool
     finished: bool  # an earlier call has made this very result, and it may stay
-    memory: int  # bytes, the mask's among them; does not grow with the number of slices
+    memory: int  # bytes beside what the process has now; does not grow with the number of slices
     disk: int  # bytes at most, of all outputs
 
     def lines(self, seconds: float) -> list[str]:
@@ -68,7 +68,8 @@ class ScanJob(NamedTuple):
         text = "{2} x {1} x {0} voxels of {5:.4f} x {4:.4f} x {3:.4g} mm"
         both = self.volume, self.output.outputs["sr"].volume
         scan, sr = (text.format(*one.array.shape, *one.spacing_mm) for one in both)
-        memory, disk = (tqdm.format_sizeof(size, "B") for size in (self.memory, self.disk))
+        needed = self.memory + process_memory(), self.disk
+        memory, disk = (tqdm.format_sizeof(size, "B") for size in needed)
         total = timedelta(seconds=round(seconds * len(self.volume.array)))
         return [
             f"scan:   {scan}",
@@ -169,6 +170,7 @@ def plan_scan(
         If scan, mask, options and generator do not go together.
     """
     options, shape = checked(volume, g1, card, options, mask), volume.array.shape
+    volume = volume._replace(notes=(*volume.notes, *card.unlike(volume)))
     if options.uncertainty != (targets.uncertainty is not None):
         raise SettingsError("uncertainty: expected the option and a file for it, got one of them")
     made, paths = sr_outputs(volume, g1.settings.scale), targets._asdict()
@@ -177,7 +179,6 @@ def plan_scan(
     finished, memory, disk = not overwrite and is_finished(output), 0, 0
     if not finished:
         memory = check_memory(g1, shape, options, kept=QUEUE + 1 + int(options.batch))
-        memory += 0 if mask is None else mask.nbytes
         disk = _check_disk(output)
     return ScanJob(volume, mask, g1, card, options, output, overwrite, finished, memory, disk)
 

@@ -121,6 +121,7 @@ def super_resolve(
         If memory would not suffice.
     """
     options, count = checked(volume, g1, card, options, mask), len(volume.array)
+    volume = volume._replace(notes=(*volume.notes, *card.unlike(volume)))
     check_memory(g1, volume.array.shape, options)
     made = {
         name: one._replace(array=np.empty(one.array.shape, one.array.dtype))

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import pydantic
 import torch
 from pydantic_core import PydanticSerializationError
@@ -21,6 +22,7 @@ from safetensors.torch import save as safetensors_bytes
 
 import mmsr
 from ..core import RESEARCH_ONLY, FileError, RangeError, Settings, SettingsError, atomic_write
+from ..data.volume import Volume
 from .generators import G1, DownsamplingGenerator, ResnetGenerator, SRGenerator
 from .layers import to_channels_last
 from .unit import UNITGenerator
@@ -142,6 +144,22 @@ class ModelCard(Settings):
     measures: dict[str, Any] = pydantic.Field(default_factory=dict)
     version: str = mmsr.__version__
     notice: str = RESEARCH_ONLY
+
+    def unlike(self, volume: Volume) -> tuple[str, ...]:
+        """Note where a scan differs from those of the training, as far as both say what they are."""
+        seen = np.reshape(self.training.get("clinical_mm", []), (-1, 3))
+        kernels, kernel = self.training.get("kernels", []), getattr(volume.source, "kernel", "")
+        notes = []
+        for axis, what, much in ((1, "pixels of {} mm", 1.3), (0, "slices {} mm apart", 2.0)):
+            size = volume.spacing_mm[axis]
+            if len(seen) and not seen[:, axis].min() / much < size < seen[:, axis].max() * much:
+                sizes = " to ".join(
+                    f"{s:.3g}" for s in sorted({*seen[:, axis]})[:: len(seen) - 1 or 1]
+                )
+                notes.append(f"{what.format(f'{size:.3g}')}, the weights have seen {sizes} mm")
+        if kernels and kernel and kernel not in kernels:
+            notes.append(f"kernel {kernel}, the weights have seen {', '.join(kernels)}")
+        return tuple(f"unlike the training: {note}; judge the detail with care" for note in notes)
 
     def __repr__(self) -> str:
         windows = ("clinical", self.clinical_window), ("µCT", self.micro_window)

@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .. import core
 from ..core import FileError, GeometryError, MMSRError, RangeError, ResourceError, SettingsError
-from ..data.volume import Volume
+from ..data.volume import Slices, Volume
+from .dicom_file import is_directory
 from .dicom_series import DICOM
 from .ome_zarr import OME_ZARR
 from .slices import Format, ReadOptions, SliceSource, check_grid, read_options, volume_of
@@ -73,7 +75,7 @@ def _sorted_by_format(files: list[Path]) -> tuple[list[Found], list[Path]]:
     for file in sorted(files, key=lambda f: re.sub(r"\d+", lambda m: m[0].zfill(12), str(f))):
         if file.name.startswith(".") or not file.is_file():
             continue
-        if file.name != "DICOMDIR" and (kind := format_of(file)):
+        if not is_directory(file) and (kind := format_of(file)):
             found.setdefault(kind.name, Found(kind, [])).files.append(file)
         else:
             others.append(file)
@@ -88,7 +90,7 @@ def find_scan(path: Path) -> Found:
     """Find the files of one scan: a file, or what lies in a folder."""
     path = Path(os.path.abspath(path))  # "." has no name
     if not path.exists():
-        raise FileError(f"{path.name}: no such file or folder; check the path")
+        raise FileError(f"{core.short_path(path)}: no such file or folder; check the path")
     _refuse_by_name(path, [path.name])
     if kind := format_of(path):
         return Found(kind, [path])
@@ -149,11 +151,12 @@ def _one_line(name: str) -> Iterator[None]:
 
 def inspect_file(kind: Format, file: Path) -> list[Any]:
     """Read what a file says of itself, without its voxels: one record, or one for each frame."""
-    with _one_line(file.name):
+    name = core.short_path(file)
+    with _one_line(name):
         try:
             return kind.inspect(file)
         except MMSRError as e:  # a format says what is wrong, this says with which file
-            raise type(e)(f"{file.name}: {e}") from e
+            raise type(e)(f"{name}: {e}") from e
 
 
 def open_stack(options: ReadOptions, found: Found, heads: list[Any]) -> SliceSource:
@@ -173,7 +176,7 @@ def read_volume(
     modality: str = "clinical",
     voxel_mm: float | Sequence[float] | None = None,
     voxel_um: float | Sequence[float] | None = None,
-    slices: tuple[int, int] | None = None,
+    slices: Slices | None = None,
     force: bool = False,
     resample: bool = False,
     series: int | str | None = None,
@@ -190,14 +193,16 @@ def read_volume(
         ``"clinical"``: becomes int16 HU, padding becomes air. ``"micro"``: grey, left as it is.
     voxel_mm, voxel_um : float or (z, y, x), optional
         Voxel size of files that do not say theirs, such as TIFF; one of the two.
-    slices : (int, int), optional
-        Read the pixels of these slices only, first and last + 1. All headers are checked still.
+    slices : (int, int), range, slice or str, optional
+        Read the pixels of these slices only, first and last + 1: ``(14, 16)``, ``range(14, 16)``,
+        ``slice(14, 16)`` or ``"14:16"``. All headers are checked still.
     force : bool
         Overrule doubts about unit, intensity and numbering; each is noted in the volume.
     resample : bool
         Resample slices that are sheared (tilted gantry) or uneven to a regular grid.
     series : int or str, optional
-        Which of several DICOM series: its number in the list that the refusal shows, or its UID.
+        Which of several DICOM series: its number in the list that the refusal shows, its own
+        number, or its UID; ``"entry 2"`` or ``"number 2"`` where a number may be either.
     lazy : bool
         The array is a `SliceReader`: slices are read when they are asked for. A clinical scan is
         read through once to be judged (HU, padding), without keeping a slice.

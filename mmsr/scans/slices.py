@@ -27,8 +27,9 @@ from mmsr.core import (
     ResourceError,
     SettingsError,
     available_memory,
+    short_path,
 )
-from ..data.volume import AIR_HU, DicomSource, Grid, Volume, slice_range
+from ..data.volume import AIR_HU, DicomSource, Grid, Slices, Volume, slice_range
 
 # %% ../../nbs/5_scans/01_slices.ipynb #415d6be4
 TRUST = "taken on trust: "
@@ -42,7 +43,7 @@ class ReadOptions(NamedTuple):
     notes: list[str]  # filled while reading
     modality: str = "clinical"  # or "micro"
     voxel: tuple[float, float, float] | None = None  # given by the caller, (z, y, x) in mm
-    slices: tuple[int, int] | None = None  # first slice and last + 1
+    slices: Slices | None = None  # first slice and last + 1
     force: bool = False  # doubts are noted, not raised
     resample: bool = False  # a sheared or uneven stack is resampled to a regular grid
     series: str | None = None  # which of several: its number in the refusal's list, or its UID
@@ -51,7 +52,8 @@ class ReadOptions(NamedTuple):
         """Refuse what a person may overrule; note it when overruled."""
         if not self.force:
             raise kind(f"{self.name}: {text}{OVERRULE}")
-        self.notes.append(f"{TRUST}{self.name}: {text}")
+        name = os.path.basename(self.name)  # a folder may be called as the patient is
+        self.notes.append(f"{TRUST}{name}: {text}")
 
 # %% ../../nbs/5_scans/01_slices.ipynb #1191b1ca
 IN_PLANE_MM = {"clinical": (0.02, 5.0), "micro": (0.001, 0.5)}
@@ -66,7 +68,7 @@ def check_spacing(options: ReadOptions, spacing_mm: Sequence[float]) -> None:
         raise GeometryError(f"{options.name}: {text}")
     low, high = IN_PLANE_MM[options.modality]
     if min(spacing_mm) < low or max(spacing_mm[1:]) > high or spacing_mm[0] > 20:
-        slip = "mm taken for µm" if min(spacing_mm) < low else "µm taken for mm"
+        slip = "mm taken for µm" if min(spacing_mm) < low else "a small copy, or µm taken for mm"
         wanted = f"{options.modality} voxels of {low:g} to {high:g} mm, slices up to 20 mm apart"
         text = f"expected {wanted}, got {shown}: {slip}? check the unit"
         options.refuse_unless_forced(GeometryError, text)
@@ -108,7 +110,7 @@ def read_options(
     """Check which scan is meant, and as what; the arguments are those of `read_volume`."""
     if modality not in MODALITIES:
         raise SettingsError(f"modality: expected 'clinical' or 'micro', got {modality!r}")
-    name, chosen = os.path.basename(os.path.abspath(path)), None if series is None else str(series)
+    name, chosen = short_path(path), None if series is None else str(series)
     return ReadOptions(name, [], modality, voxel_size(voxel_mm, voxel_um), series=chosen)
 
 # %% ../../nbs/5_scans/01_slices.ipynb #605ca5a3
