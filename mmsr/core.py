@@ -6,7 +6,7 @@
 __all__ = ['RESEARCH_ONLY', 'DECIDING', 'MMSRError', 'ShapeError', 'RangeError', 'GeometryError', 'FileError', 'SettingsError',
            'ResourceError', 'refusal', 'seeded', 'disk_errors', 'atomic_write', 'write_json', 'read_json',
            'fingerprint', 'Settings', 'environment', 'available_memory', 'process_memory', 'progress_bar',
-           'show_patches', 'add_scale_bar', 'say_if_black', 'short_path']
+           'show_patches', 'add_scale_bar', 'label_sides', 'say_if_black', 'short_path']
 
 # %% ../nbs/00_core.ipynb #2e70cbc5
 import difflib
@@ -335,6 +335,20 @@ def add_scale_bar(ax: Any, spacing_mm: float, width_px: int) -> float:
     text = {"fontsize": 8, "ha": "center", "va": "bottom", "bbox": stroke}
     ax.text(right - width / 2, low + 0.02, unit, **text, **place)
     return float(length)
+
+
+_EDGES = (
+    *((0.02, 0.5, "left", "center"), (0.98, 0.5, "right", "center")),
+    *((0.5, 0.98, "center", "top"), (0.5, 0.02, "center", "bottom")),
+)
+
+
+def label_sides(ax: Any, letters: Sequence[str]) -> None:
+    """Write the sides of the patient at the left, right, upper and lower edge of an image."""
+    for text, (x, y, across, along) in zip(letters, _EDGES, strict=True):
+        style = {"color": "yellow", "weight": "bold", "ha": across, "va": along}
+        box = {"color": "black", "alpha": 0.5, "pad": 1.5, "linewidth": 0} if text else None
+        ax.text(x, y, text, transform=ax.transAxes, bbox=box, **style)
 
 
 def say_if_black(ax: Any, image: np.ndarray, low: float, unit: str) -> None:

@@ -17,18 +17,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.lib.stride_tricks import sliding_window_view
 
-from mmsr.core import (
-    RESEARCH_ONLY,
-    RangeError,
-    SettingsError,
-    ShapeError,
-    add_scale_bar,
-    say_if_black,
-)
+from .. import core
+from ..core import RESEARCH_ONLY, RangeError, SettingsError, ShapeError, add_scale_bar
 from ..data.volume import Volume, block_mean
 from ..inference.sr_slices import SRSlice, enlarge_bicubic
 from ..losses.mmsr import MMSRTerms
-from ..scans.scan_summary import Plane, label_sides, radiological_view
+from ..scans.scan_summary import Plane, radiological_view
 from ..training.run_folder import read_history
 
 # %% ../../nbs/7_evaluation/03_figures.ipynb #05acb265
@@ -150,7 +144,7 @@ def _draw(
     how = {"cmap": "gray", "interpolation": "nearest", **how}
     shown = ax.imshow(image, vmin=window[0], vmax=window[1], **how)
     ax.set(xticks=[], yticks=[])
-    say_if_black(ax, image, window[0], "HU")
+    core.say_if_black(ax, image, window[0], "HU")
     if pixel_mm is not None:
         add_scale_bar(ax, pixel_mm, image.shape[1])
     return shown
@@ -284,14 +278,15 @@ def overview(volume: Volume, one: SRSlice, *, title: str = "", panel_in: float =
     _draw_change(figure, axes[1, 2], high[fine] - bicubic, step / scale)
     known = not any("orient" in note for note in volume.notes)
     for ax in axes[1, :2] if known else ():
-        label_sides(ax, views[0].letters)
+        core.label_sides(ax, views[0].letters)
     return figure
 
 
 def _draw_change(figure: Figure, ax: Any, change: np.ndarray, pixel_mm: float) -> None:
     """Draw what a network added to the bicubic image, and its colours beside it."""
     shown = _draw(ax, change, (-CHANGE_HU, CHANGE_HU), pixel_mm, cmap="RdBu_r", interpolation=None)
-    ax.set_title("detail, SR − bicubic" if change.any() else "SR is bicubic here", fontsize=10)
+    changed = np.abs(change).max() > 1  # more than rounding
+    ax.set_title("detail, SR − bicubic" if changed else "SR is bicubic here", fontsize=10)
     figure.colorbar(shown, ax=ax, shrink=0.8, extend="both", label="HU")
 
 # %% ../../nbs/7_evaluation/03_figures.ipynb #bf92fb99

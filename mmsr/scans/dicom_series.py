@@ -202,8 +202,8 @@ def _slices_of_series(options: ReadOptions, heads: Sequence[DicomSlice]) -> list
     left = [h for s in others for h in s.heads] + [h for h in one.heads if h.is_report]
     if left:
         words = dict.fromkeys(h.tags["Modality"] or "unknown" for h in left)
-        text = f"left out, no CT images: {len(left)} object{'s'[: len(left) > 1]}"
-        options.notes.append(f"{text} ({', '.join(words)})")
+        text = f"left out: {len(left)} object{'s'[: len(left) > 1]} that are no slices of CT"
+        options.notes.append(f"{text} (marked {', '.join(words)})")
     return [h for h in one.heads if not h.is_report] or one.heads
 
 # %% ../../nbs/5_scans/05_dicom_series.ipynb #dd9d8e81

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import tifffile
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
@@ -30,8 +31,9 @@ from mmsr.data.volume import Volume, block_mean
 from mmsr.data.windows import CLINICAL_WINDOW
 from mmsr.evaluation import figures, protocols
 from mmsr.inference import scan_job
+from mmsr.inference.super_resolve import super_resolve
 from mmsr.networks.generators import G1Settings
-from mmsr.networks.weights import ModelCard, build_g1, save_generator
+from mmsr.networks.weights import ModelCard, build_g1, load_generator, save_generator
 from mmsr.scans.read import read_volume
 from mmsr.scans.write import write_volume
 
@@ -262,7 +264,7 @@ REFUSALS = {
     "map on the volume": ({"more": ["--consistency", "OUT/a.mha"]}, ["a.mha"]),
     "slices, text": ({"more": ["--slices", "abc"]}, ["slices", "abc", "60:62"]),
     "slices, one": ({"more": ["--slices", "1"]}, ["slices", "60:62"]),
-    "slices, empty": ({"more": ["--slices", "1:1"]}, ["slices", "60:62"]),
+    "slices, empty": ({"more": ["--slices", "1:1"]}, ["slices", "1:1"]),
     "slices, reversed": ({"more": ["--slices", "2:1"]}, ["slices", "2:1"]),
     "slices, negative": ({"more": ["--slices", "-1:1"]}, ["slices", "-1:1"]),
     "slices, beyond": ({"more": ["--slices", "0:9"]}, ["scan.nii.gz", "2 slices", "0:9"]),
@@ -562,6 +564,39 @@ def test_info_tells_and_draws(place: Place, out: Path, capsys: pytest.CaptureFix
         assert min(picture.size) > 100
     refused(call(capsys, "info", out / "nothing.nii"), "nothing.nii")
     refused(call(capsys, "info", place.scan, "--picture", out / "a.jpg"), ".png")
+
+
+def test_info_of_what_is_refused_exits_with_2_and_speaks_of_options(
+    out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grey = np.random.default_rng(0).integers(0, 255, (8, 40, 48), "u1")
+    tifffile.imwrite(out / "bare.tif", grey, photometric="minisblack")
+    said = call(capsys, "info", out / "bare.tif")
+    assert said.code == 2
+    assert "refused" in said.out
+    assert "--voxel-um" in said.out
+    assert not any(word in said.out for word in ("voxel_um", "voxel_mm", "=True", "Python"))
+    assert call(capsys, "info", out / "bare.tif", "--voxel-um", 20).code == 0
+    refused(call(capsys, "super-resolve", out / "bare.tif", out / "a.mha"), ".nrrd")
+    refused(call(capsys, "super-resolve", out / "bare.tif", out / "a.mha", "--slices", "4-9"), ":")
+
+
+def test_a_scan_unlike_those_of_the_training_is_noted_before_the_work_and_in_the_result(
+    place: Place, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    coarse = place.clinical._replace(spacing_mm=(5.0, 2.7, 2.7))
+    write_volume(out / "coarse.mha", coarse)
+    g1, card = load_generator(place.weights)
+    training = {**card.training, "clinical_mm": [[1.0, 0.6, 0.6]]}
+    weights = out / "w.safetensors"
+    save_generator(weights, g1, card.model_copy(update={"training": training}))
+    arguments = (out / "coarse.mha", out / "a.mha", "--weights", weights, "--plan")
+    said = call(capsys, "super-resolve", *arguments)
+    assert said.code == 0
+    assert "note: unlike the training: pixels of 2.7 mm" in said.err
+    assert said.err.index("unlike the training") < said.err.index("needs:")
+    made = super_resolve(coarse.take(0, 1), g1, load_generator(weights)[1], progress=False)
+    assert sum("unlike the training" in note for note in made.volume.notes) == 2
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import SimpleITK as sitk
 import torch
 from peak import PEAK_BYTES
 
-from mmsr.core import FileError, MMSRError, ResourceError, SettingsError, seeded
+from mmsr.core import FileError, MMSRError, ResourceError, SettingsError, process_memory, seeded
 from mmsr.data.volume import Volume, block_mean
 from mmsr.data.windows import CLINICAL_WINDOW
 from mmsr.inference.scan_job import ScanTargets, plan_scan, run_scan
@@ -423,14 +423,18 @@ def test_room_is_counted_once(
     refused(ResourceError, lambda: plan_scan(volume, fresh, g1, record))
 
 
-def test_a_plan_says_what_it_takes(scan: Path, weights: Path, tmp_path: Path) -> None:
+def test_a_plan_says_what_it_takes(
+    scan: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert process_memory() > 100_000_000  # with torch in it
+    monkeypatch.setattr("mmsr.inference.scan_job.process_memory", lambda: 300_000_000)
     g1, record = load_generator(weights)
     volume = read_volume(scan, lazy=True)
     job = plan_scan(volume, ScanTargets(tmp_path / "sr.mha"), g1, record)
     assert (job.finished, list(tmp_path.iterdir())) == (False, [])
     *grids, needs, time_needed = job._replace(memory=168_000_000, disk=16_800_000_000).lines(950.0)
     assert grids[1] == "result: 256 x 320 x 12 voxels of 0.0750 x 0.0875 x 2 mm"
-    assert needs == "needs:  168MB of memory, up to 16.8GB of disk"
+    assert needs == "needs:  468MB of memory, up to 16.8GB of disk"
     assert time_needed == "time:   about 950.0 s a slice, 3:10:00 (h:min:s) in all"
 
 

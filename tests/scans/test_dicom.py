@@ -44,6 +44,7 @@ from pydicom.uid import (
     JPEGLSNearLossless,
     LegacyConvertedEnhancedCTImageStorage,
     RLELossless,
+    SecondaryCaptureImageStorage,
 )
 
 from mmsr.core import FileError, GeometryError, MMSRError, RangeError, SettingsError
@@ -289,7 +290,8 @@ def test_series_are_listed_without_names_and_can_be_chosen(tmp_path):
     found = scan_series([h for f in sorted((tmp_path / "all").iterdir()) for h in heads_of(f)])
     assert [(s.number, len(s.heads)) for s in found] == [(1, 3), (2, 1), (3, 6)]
     assert np.array_equal(read_volume(tmp_path / "all", series=found[2].uid).array, first)
-    refused(SettingsError, tmp_path / "all", "1 to 3", series="4")
+    assert np.array_equal(read_volume(tmp_path / "all", series="4").array, second)  # its own number
+    refused(SettingsError, tmp_path / "all", "1 to 3", series="5")
     refused(FileError, tmp_path / "all", "got SR", series="2")
     assert "Secret" not in repr(found)
     assert [h.path for h in found[1].heads] == list(report.iterdir())
@@ -308,6 +310,133 @@ def test_phases_in_one_series_are_told_apart_by_their_acquisition(tmp_path):
     series(folder / "b", late, AcquisitionNumber=2, SeriesInstanceUID=uid("a"))
     refused(FileError, folder, "got 2", "acquisition 1", "acquisition 2")
     assert np.array_equal(read_volume(folder, series="2").array, late)
+
+
+def test_a_number_that_may_be_either_is_not_guessed(tmp_path):
+    first, second = chest(4), chest(4, seed=1)
+    folder = series(tmp_path / "s" / "a", first, SeriesNumber=2).parent
+    series(folder / "b", second, SeriesNumber=3)
+    refused(SettingsError, folder, "'entry 2'", "'number 2'", series=2)
+    assert np.array_equal(read_volume(folder, series="entry 2").array, second)
+    assert np.array_equal(read_volume(folder, series="number 2").array, first)
+    assert np.array_equal(read_volume(folder, series=1).array, first)
+    assert np.array_equal(read_volume(folder, series=3).array, second)
+    series(folder / "c", chest(1), SeriesNumber=1, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    refused(FileError, folder, "choose one with --series 2 (series=2)")
+    change(in_order(folder / "a")[0], BitsAllocated=12)  # so that only the third can be read
+    refused(FileError, folder, "choose one with --series 3 (series=3)")
+    assert np.array_equal(read_volume(folder, series=3).array, second)  # nobody asked for the other
+    refused(FileError, folder, "bytes of pixels", series=2)
+
+
+def other_object(path, sop_class, modality, syntax=ExplicitVRLittleEndian, **tags):
+    """Write an object of another class, in its own series: with colours if `tags` give a size."""
+    d = blank(sop_class, syntax, uid(path, 1), uid(path))
+    d.Modality = modality
+    for tag, value in tags.items():
+        setattr(d, tag, value)
+    if "Rows" in tags:
+        d.SamplesPerPixel, d.PhotometricInterpretation, d.PlanarConfiguration = 3, "RGB", 0
+        d.BitsAllocated, d.BitsStored, d.HighBit = 8, 8, 7
+        d.PixelData = bytes(3 * d.Rows * d.Columns)
+    d.save_as(path, enforce_file_format=True)
+
+
+OTHERS = {
+    "dose picture": (SecondaryCaptureImageStorage, "CT", {"Rows": 16, "Columns": 16}),
+    "dose report": ("1.2.840.10008.5.1.4.1.1.88.67", "SR", {}),
+    "damaged report": ("1.2.840.10008.5.1.4.1.1.88.67", "SR", {"NumberOfFrames": "1"}),
+    "presentation": ("1.2.840.10008.5.1.4.1.1.11.1", "PR", {}),
+    "MR": ("1.2.840.10008.5.1.4.1.1.4", "MR", {"ImagePositionPatient": [0, 0, 0]}),
+}
+
+
+@pytest.mark.parametrize("same_series", [False, True])
+@pytest.mark.parametrize("what", OTHERS)
+def test_what_is_no_slice_of_ct_is_left_out_with_a_note(tmp_path, what, same_series):
+    hu = chest(4)
+    folder = series(tmp_path / "s", hu)
+    sop_class, modality, tags = OTHERS[what]
+    if same_series and what != "MR":  # which would lie among the slices, and is judged
+        tags = {**tags, "SeriesInstanceUID": uid("s")}
+    packing = DeflatedExplicitVRLittleEndian if what == "presentation" else ExplicitVRLittleEndian
+    other_object(folder / "other", sop_class, modality, packing, **tags)
+    if what == "damaged report":
+        data = (folder / "other").read_bytes()
+        (folder / "other").write_bytes(data[:-30] + b"\xff" * 30)
+    for how in ({}, {"lazy": True}):
+        scan = read_volume(folder, **how)
+        assert np.array_equal(np.asarray(scan.array), hu)
+        (note,) = scan.notes
+        assert "left out: 1 object" in note
+    found = next(s for s in scan_series(heads_of(folder)) if len(s.heads) >= 4)
+    assert np.array_equal(read_volume(folder, series=found.uid).array, hu)
+
+
+def test_a_table_of_contents_is_known_by_its_class(tmp_path):
+    disc = tmp_path / "disc"
+    hu = chest(3)
+    series(disc / "A" / "B", hu)
+    d = blank("1.2.840.10008.1.3.10", ExplicitVRLittleEndian, uid("disc"), uid("disc"))
+    for tag in ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "Modality"):
+        delattr(d, tag)  # such an object has none
+    for name in ("DIRFILE", "DICOMDIR"):
+        d.save_as(disc / name, enforce_file_format=True)
+    scan = read_volume(disc)
+    assert np.array_equal(scan.array, hu)
+    assert scan.notes == ("2 other files in the folder left out",)
+
+
+@pytest.mark.parametrize(
+    "absent",
+    ["Modality", "HighBit", "SamplesPerPixel", "PhotometricInterpretation", "SOPClassUID"],
+)
+def test_what_can_be_nothing_else_need_not_be_said(tmp_path, absent):
+    hu = chest(3)
+    scan = read_volume(series(tmp_path / "s", hu, **{absent: None}))
+    assert np.array_equal(scan.array, hu)
+    assert scan.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("absent", "kind"),
+    [
+        ("BitsStored", FileError),
+        ("PixelRepresentation", FileError),
+        ("ImagePositionPatient", GeometryError),
+        ("RescaleSlope", RangeError),
+        ("RescaleIntercept", RangeError),
+    ],
+)
+def test_what_may_be_anything_is_asked_for_by_its_name(tmp_path, absent, kind):
+    line = refused(kind, series(tmp_path / "s", chest(3), **{absent: None}), absent)
+    both = {"RescaleSlope", "RescaleIntercept"}
+    assert not any(tag in line for tag in both - {absent})
+
+
+@pytest.mark.parametrize("kind", ["Houndsfield Unit", "HOUNSFIELD UNITS", "hu", "Hounsfield"])
+def test_hu_in_other_words(tmp_path, kind):
+    assert read_volume(series(tmp_path / "s", chest(3), RescaleType=kind)).notes == ()
+
+
+@pytest.mark.parametrize("padding", [b"\xff", b"\0\0", b"\xff\xff\xff\xff", b"\xff\0"])
+@pytest.mark.parametrize("syntax", [JPEG2000Lossless, JPEGLSLossless, JPEGLosslessSV1])
+def test_packed_frames_may_be_padded(tmp_path, syntax, padding):
+    hu = chest(3)
+    folder = series(tmp_path / "s", hu, syntax=syntax)
+    for path in folder.iterdir():
+        d = pydicom.dcmread(path)
+        (frame,) = pydicom.encaps.generate_frames(d.PixelData, number_of_frames=1)
+        d.PixelData = encapsulate([frame + padding])
+        d.save_as(path)
+    assert np.array_equal(read_volume(folder).array, hu)
+
+
+def test_messages_tell_files_of_one_name_apart(tmp_path):
+    folder = series(tmp_path / "s" / "a", chest(3)).parent
+    series(folder / "b", chest(3, seed=1), SeriesInstanceUID=uid("a"), step=(0, 0, 9))
+    change(folder / "b" / "01.dcm", RescaleSlope=0)
+    refused(RangeError, folder, "b/01.dcm")
 
 
 def test_table_of_contents_is_no_slice(tmp_path):

@@ -364,7 +364,7 @@ def test_slices_of_other_kinds(tmp_path):
     ("tags", "kind", "word"),
     [
         ({"Modality": "PT"}, FileError, "got PT"),
-        ({"Modality": None}, FileError, "got none"),
+        ({"Modality": None, "SOPClassUID": "1.2.3"}, FileError, "got none"),
         ({"NumberOfFrames": 2}, FileError, "multi-frame"),
         ({"PhotometricInterpretation": "RGB", "SamplesPerPixel": 3}, FileError, "grey"),
         ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, FileError, "localizer"),
