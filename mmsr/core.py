@@ -6,7 +6,7 @@
 __all__ = ['RESEARCH_ONLY', 'DECIDING', 'MMSRError', 'ShapeError', 'RangeError', 'GeometryError', 'FileError', 'SettingsError',
            'ResourceError', 'refusal', 'seeded', 'disk_errors', 'atomic_write', 'write_json', 'read_json',
            'fingerprint', 'Settings', 'environment', 'available_memory', 'process_memory', 'progress_bar',
-           'show_patches', 'add_scale_bar', 'label_sides', 'say_if_black', 'short_path']
+           'show_patches', 'add_scale_bar', 'label_sides', 'say_if_black']
 
 # %% ../nbs/00_core.ipynb #2e70cbc5
 import difflib
@@ -358,8 +358,3 @@ def say_if_black(ax: Any, image: np.ndarray, low: float, unit: str) -> None:
         ends = f"{values.min():.4g} to {values.max():.4g} {unit}" if values.size else "not finite"
         place = {"transform": ax.transAxes, "ha": "center", "fontsize": 8}
         ax.text(0.5, 0.5, f"black: all is {ends}", color="white", **place)
-
-
-def short_path(path: str | Path) -> str:
-    """Name a file or folder for messages, with the folder that it lies in: many share a name."""
-    return str(Path(*Path(os.path.abspath(path)).parts[-2:]))

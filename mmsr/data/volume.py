@@ -61,7 +61,7 @@ def slice_range(slices: Slices | None, count: int, name: str) -> tuple[int, int]
             raise TypeError
         first, last = map(index, given)
     except (TypeError, ValueError):
-        wanted = "(first, last + 1), range(first, last + 1) or 'FIRST:END' of neighbours"
+        wanted = "(first, last + 1), range(first, last + 1) or FIRST:END, such as 60:62"
         raise SettingsError(f"slices: expected {wanted}, got {slices!r}") from None
     if not 0 <= first < last <= count:
         wanted = f"0 <= start < stop <= {count} slices"

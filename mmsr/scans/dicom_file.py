@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from ..core import RESEARCH_ONLY, FileError, GeometryError, MMSRError, short_path
+from ..core import RESEARCH_ONLY, FileError, GeometryError, MMSRError
 from .slices import MODALITIES
 
 # %% ../../nbs/5_scans/02_dicom_file.ipynb #bd5f63fe
@@ -47,11 +47,12 @@ class DicomSlice(NamedTuple):
     syntax: Any  # the transfer syntax: how bytes become pixels
     pieces: Pieces  # none if the file is cut short
     fault: str = ""  # why it cannot be read, which matters only if its series is asked for
+    namesakes: bool = False  # files of its name lie in other folders of the scan, too
 
     @property
     def name(self) -> str:
-        """What messages call it, with its folder: each series may number its files from 1."""
-        name = short_path(self.path)
+        """What messages call it."""
+        name = "/".join(self.path.parts[-2 if self.namesakes else -1 :])
         return f"{name}, frame {self.frame}" if self.frame else name
 
     @property

@@ -182,7 +182,9 @@ def _slices_of_series(options: ReadOptions, heads: Sequence[DicomSlice]) -> list
 
     What is no image of CT is left out, with a note.
     """
-    found, kinds = scan_series(heads), MODALITIES[options.modality]
+    namesakes = len({h.path.name for h in heads}) < len({h.path for h in heads})
+    found = scan_series([h._replace(namesakes=namesakes) for h in heads])
+    kinds = MODALITIES[options.modality]
     if not found:
         raise FileError(f"{options.name}: expected DICOM slices, got none; name their folder")
     able = [

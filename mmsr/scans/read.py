@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import core
 from ..core import FileError, GeometryError, MMSRError, RangeError, ResourceError, SettingsError
 from ..data.volume import Slices, Volume
 from .dicom_file import is_directory
@@ -88,9 +87,10 @@ def _counted(found: list[Found]) -> str:
 # %% ../../nbs/5_scans/10_read.ipynb #83f25756
 def find_scan(path: Path) -> Found:
     """Find the files of one scan: a file, or what lies in a folder."""
+    shown = path.name if path.is_absolute() else path
     path = Path(os.path.abspath(path))  # "." has no name
     if not path.exists():
-        raise FileError(f"{core.short_path(path)}: no such file or folder; check the path")
+        raise FileError(f"{shown}: no such file or folder; check the path")
     _refuse_by_name(path, [path.name])
     if kind := format_of(path):
         return Found(kind, [path])
@@ -151,12 +151,11 @@ def _one_line(name: str) -> Iterator[None]:
 
 def inspect_file(kind: Format, file: Path) -> list[Any]:
     """Read what a file says of itself, without its voxels: one record, or one for each frame."""
-    name = core.short_path(file)
-    with _one_line(name):
+    with _one_line(file.name):
         try:
             return kind.inspect(file)
         except MMSRError as e:  # a format says what is wrong, this says with which file
-            raise type(e)(f"{name}: {e}") from e
+            raise type(e)(f"{file.name}: {e}") from e
 
 
 def open_stack(options: ReadOptions, found: Found, heads: list[Any]) -> SliceSource:

@@ -27,7 +27,6 @@ from mmsr.core import (
     ResourceError,
     SettingsError,
     available_memory,
-    short_path,
 )
 from ..data.volume import AIR_HU, DicomSource, Grid, Slices, Volume, slice_range
 
@@ -110,7 +109,7 @@ def read_options(
     """Check which scan is meant, and as what; the arguments are those of `read_volume`."""
     if modality not in MODALITIES:
         raise SettingsError(f"modality: expected 'clinical' or 'micro', got {modality!r}")
-    name, chosen = short_path(path), None if series is None else str(series)
+    name, chosen = os.path.basename(os.path.abspath(path)), None if series is None else str(series)
     return ReadOptions(name, [], modality, voxel_size(voxel_mm, voxel_um), series=chosen)
 
 # %% ../../nbs/5_scans/01_slices.ipynb #605ca5a3
