@@ -224,7 +224,7 @@ def _draw_consistency(figure: Figure, ax: Any, values: np.ndarray, spacing_mm: f
     ax.set_title("|f(SR) − input|", fontsize=10)
     figure.colorbar(shown, ax=ax, shrink=0.8, extend="max", label="HU")
 
-
+# %% ../../nbs/7_evaluation/03_figures.ipynb #ad41e9c1
 def overview(volume: Volume, one: SRSlice, *, title: str = "", panel_in: float = 3.4) -> Figure:
     """Draw one slice of a job: a detail of input, bicubic and SR, and where and what it changed.
 
