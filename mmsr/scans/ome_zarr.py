@@ -8,7 +8,9 @@ __all__ = ['OME_ZARR', 'is_zarr', 'read_zarr', 'open_zarr']
 # %% ../../nbs/5_scans/11_ome_zarr.ipynb #98cd92b1
 import json
 import math
+import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +73,13 @@ def _numbers(values: Any, count: int) -> np.ndarray:
 
 def _placed(header: Header, image: dict[str, Any], units: list[float | None]) -> Header:
     """Add voxel size and place, in mm, from the transformations of level 0 and of all levels."""
-    rank = len(image["axes"])
-    holders = (image["datasets"][0], image)
-    steps = [s for holder in holders for s in holder.get("coordinateTransformations", [])]
+    rank, own = len(image["axes"]), image["datasets"][0].get("coordinateTransformations", [])
+    common = image.get("coordinateTransformations", [])
+    steps = [*own, *common]
+    doubled = [step for step in own if step in common and set(step.get("scale", [1])) - {1}]
+    if doubled:  # once for level 0 and once for all: as meant, or written in both places?
+        text = "contradicts itself: level 0 and the whole have the same scale; mend its metadata"
+        header = header._replace(doubts=(*header.doubts, text))
     scale, shift = np.ones(rank), np.zeros(rank)
     for step in steps:
         kind = step["type"]
@@ -131,15 +137,29 @@ def _own(header: Header, own: dict[str, Any]) -> Header:
 _PIECES_MAX = 4_000_000
 
 
-def _level(path: Path, cache: int = 0) -> Any:
+@cache
+def _first_process() -> int:
+    """Remember which process opened an OME-Zarr first: its forked copies would lack its threads."""
+    return os.getpid()
+
+
+def _refuse_forked() -> None:
+    """Refuse to read in a forked process, which tensorstore would end without a word to Python."""
+    if os.getpid() != _first_process():
+        text = "OME-Zarr cannot be read in a forked process; start it with 'spawn', or use threads"
+        raise ResourceError(text)
+
+
+def _level(path: Path, kept: int = 0) -> Any:
     """Open one array of an OME-Zarr."""
     import tensorstore as ts
 
+    _refuse_forked()
     driver = "zarr3" if (path / "zarr.json").is_file() else "zarr"
     if driver == "zarr" and not (path / ".zarray").is_file():
         raise ValueError("no array")
     spec = {"driver": driver, "kvstore": {"driver": "file", "path": str(path)}}
-    context = ts.Context({"cache_pool": {"total_bytes_limit": cache}})
+    context = ts.Context({"cache_pool": {"total_bytes_limit": kept}})
     return ts.open(spec, read=True, open=True, recheck_cached_data="open", context=context).result()
 
 
@@ -219,6 +239,7 @@ def open_zarr(options: ReadOptions, headers: list[Header]) -> SliceSource:
         level = level[(0,) * (level.rank - 3)]
 
         def read(z: int) -> np.ndarray:
+            _refuse_forked()
             try:
                 return level[z].read().result()
             except MemoryError:

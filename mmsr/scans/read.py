@@ -20,18 +20,20 @@ import numpy as np
 from ..core import FileError, GeometryError, MMSRError, RangeError, ResourceError, SettingsError
 from ..data.volume import Volume
 from .dicom_series import DICOM
+from .image_stack import PICTURES
 from .ome_zarr import OME_ZARR
+from .regular_grid import as_axial
 from .slices import Format, ReadOptions, SliceSource, check_grid, read_options, volume_of
 from .tiff_stack import TIFF
 from .volume_files import METAIMAGE, NIFTI, NRRD
 
 # %% ../../nbs/5_scans/12_read.ipynb #5d833de3
-FORMATS: list[Format] = [DICOM, NIFTI, NRRD, METAIMAGE, TIFF, OME_ZARR]
+FORMATS: list[Format] = [DICOM, NIFTI, NRRD, METAIMAGE, TIFF, OME_ZARR, *PICTURES]
 
 # %% ../../nbs/5_scans/12_read.ipynb #ea086c14
 _NOT_READ = {
     ".zip .7z .rar .tar .tgz .tar.gz .tar.bz2 .tar.xz": "an archive; unpack it and give what is inside",
-    ".png .jpg .jpeg .bmp .gif .webp": "pictures without voxel size; export DICOM or TIFF",
+    ".jpg .jpeg .gif .webp": "pictures without voxel size; export DICOM or TIFF",
     ".raw .zraw .raw.gz": "bare voxels; give the header beside them (.mhd, .nhdr)",
     ".unfinished": "an unfinished result; give the scan again to the command that began it",
 }
@@ -66,18 +68,33 @@ class Found(NamedTuple):
     others: int = 0  # how many other files lie in the folder
 
 
+def _slice_format(file: Path) -> Format | None:
+    """Tell the format of a file in a folder; refuse a slice that would be missing without a word."""
+    name = file.name.lower()
+    if name.startswith(".") or name == "dicomdir" or "_spr." in name:  # SkyScan's overview
+        return None
+    if file.is_symlink() and not file.exists():
+        raise FileError(f"{file.name}: a link to a file that is not there; copy the file itself")
+    slices = tuple(f"{ending}.gz" for one in FORMATS if one.many for ending in one.endings)
+    if name.endswith(slices):
+        raise FileError(f"{file.name}: a packed slice, which is not read; unpack it")
+    return format_of(file)
+
+
 def _sorted_by_format(files: list[Path]) -> tuple[list[Found], list[Path]]:
     """Part files by format, in the order of the numbers in their names; the others are left."""
     found: dict[str, Found] = {}
     others = []
     for file in sorted(files, key=lambda f: re.sub(r"\d+", lambda m: m[0].zfill(12), str(f))):
-        if file.name.startswith(".") or not file.is_file():
-            continue
-        if file.name != "DICOMDIR" and (kind := format_of(file)):
+        if kind := _slice_format(file):
             found.setdefault(kind.name, Found(kind, [])).files.append(file)
         else:
             others.append(file)
-    return list(found.values()), others
+    scans = [one for one in found.values() if one.format not in PICTURES]
+    pictures = [one for one in found.values() if one.format in PICTURES]
+    if scans:  # then pictures are previews of them
+        others += [file for one in pictures for file in one.files]
+    return scans or pictures, others
 
 
 def _counted(found: list[Found]) -> str:
@@ -94,26 +111,30 @@ def find_scan(path: Path) -> Found:
         return Found(kind, [path])
     if not path.is_dir():
         raise _unreadable(path, "another file")
-    found, others = _sorted_by_format([p for p in path.iterdir() if p.is_file()])
-    if not found:
-        found, others = _found_below(path, [p.name for p in others])
+    found, others = _sorted_by_format([p for p in path.iterdir() if not p.is_dir()])
+    if all(one.format in PICTURES for one in found):  # which may be previews of scans in folders
+        found, others = _found_below(path, found, others)
     if len(found) != 1 or not (found[0].format.many or found[0].format.is_one(found[0].files[0])):
         text = f"expected the slices of one DICOM series or TIFF stack, got {_counted(found)} files"
         raise FileError(f"{path.name}: {text}; name the file or the folder that holds them")
     return found[0]._replace(others=len(others))
 
 
-def _found_below(path: Path, names: list[str]) -> tuple[list[Found], list[Path]]:
-    """Look for the files of one scan in the folders of a folder that holds none itself."""
+def _found_below(
+    path: Path, pictures: list[Found], beside: list[Path]
+) -> tuple[list[Found], list[Path]]:
+    """Look for the files of one scan in the folders of a folder that holds none itself, or pictures."""
     inside: list[Found] = []
     found, others = _sorted_by_format(list(islice(_below(path, inside), _MOST_FILES)))
-    if inside and not found:
+    if inside and all(one.format in PICTURES for one in found):
         if len(inside) > 1:
             text = f"expected one scan, got {len(inside)} {inside[0].format.name} in it"
             first = min(one.files for one in inside)[0].name
             raise FileError(f"{path.name}: {text}; name the one that is meant, such as {first!r}")
-        return inside, others
-    _refuse_by_name(path, names)
+        return inside, others + [file for one in found for file in one.files]
+    if pictures and all(one.format is not DICOM for one in found):
+        return pictures, beside
+    _refuse_by_name(path, [p.name for p in beside])
     if any(one.format is not DICOM for one in found):
         text = f"expected slices, got folders with {_counted(found)} files in them"
         raise FileError(f"{path.name}: {text}; name the folder or the file that is meant")
@@ -164,7 +185,7 @@ def open_stack(options: ReadOptions, found: Found, heads: list[Any]) -> SliceSou
         raise SettingsError(f"series: {options.name} is no DICOM and has no series; leave it out")
     with _one_line(options.name):
         stack = found.format.open(options, heads)
-    return stack._replace(grid=check_grid(options, stack.grid))
+        return as_axial(options, stack._replace(grid=check_grid(options, stack.grid)))
 
 # %% ../../nbs/5_scans/12_read.ipynb #f00ee17f
 def read_volume(
@@ -176,6 +197,7 @@ def read_volume(
     slices: tuple[int, int] | None = None,
     force: bool = False,
     resample: bool = False,
+    reorient: bool = False,
     series: int | str | None = None,
     lazy: bool = False,
 ) -> Volume:
@@ -184,8 +206,8 @@ def read_volume(
     Parameters
     ----------
     path : str or Path
-        A folder (DICOM slices, also in folders of their own; TIFF slices; an OME-Zarr) or a file
-        (NIfTI, NRRD, MetaImage, TIFF with many pages, DICOM).
+        A folder (DICOM slices, also in folders of their own; slices in TIFF, PNG, BMP or JPEG 2000;
+        an OME-Zarr) or a file (NIfTI, NRRD, MetaImage, TIFF with many pages, DICOM).
     modality : str
         ``"clinical"``: becomes int16 HU, padding becomes air. ``"micro"``: grey, left as it is.
     voxel_mm, voxel_um : float or (z, y, x), optional
@@ -196,6 +218,8 @@ def read_volume(
         Overrule doubts about unit, intensity and numbering; each is noted in the volume.
     resample : bool
         Resample slices that are sheared (tilted gantry) or uneven to a regular grid.
+    reorient : bool
+        Turn sagittal or coronal slices to axial ones; the whole scan is then held in memory.
     series : int or str, optional
         Which of several DICOM series: its number in the list that the refusal shows, or its UID.
     lazy : bool
@@ -212,7 +236,8 @@ def read_volume(
         If a file is missing, cut short, of the wrong kind or modality, or several series are mixed.
         With `lazy`, also when a slice is asked for that cannot be unpacked.
     GeometryError
-        If the grid is sheared, uneven, has slices double or missing, or its size is not known.
+        If the grid is sheared, uneven, not axial, has slices double or missing, or its size is not
+        known.
     RangeError
         If the values cannot be HU, or `slices` are not there.
     ShapeError
@@ -223,7 +248,7 @@ def read_volume(
         If the memory, or the disk for unpacking, does not suffice.
     """
     options = read_options(path, modality, voxel_mm, voxel_um, series)
-    options = options._replace(slices=slices, force=force, resample=resample)
+    options = options._replace(slices=slices, force=force, resample=resample, reorient=reorient)
     with _one_line(options.name):
         found = find_scan(Path(path))
         heads = [head for file in found.files for head in inspect_file(found.format, file)]
@@ -236,8 +261,8 @@ def read_mask(path: str | Path, volume: Volume) -> np.ndarray:
     Parameters
     ----------
     path : str or Path
-        NIfTI, NRRD, MetaImage, OME-Zarr or DICOM of the volume's grid, or TIFF of its shape; above
-        0 is inside.
+        NIfTI, NRRD, MetaImage, OME-Zarr or DICOM of the volume's grid, or TIFF, PNG … of its shape;
+        above 0 is inside.
         If the volume is a few slices of a scan, the mask may be that of the whole scan.
     volume : Volume
         What the mask is for.
@@ -257,9 +282,10 @@ def read_mask(path: str | Path, volume: Volume) -> np.ndarray:
     """
     path = Path(path)
     with _one_line(path.name):
-        bare = find_scan(path).format is TIFF  # which does not say where it lies
-    voxel_mm = volume.spacing_mm if bare else None
-    mask = read_volume(path, modality="micro", voxel_mm=voxel_mm, force=True, lazy=True)
+        bare = find_scan(path).format in (TIFF, *PICTURES)  # which do not say where they lie
+    how: dict[str, Any] = {"voxel_mm": volume.spacing_mm if bare else None, "lazy": True}
+    how["reorient"] = abs(volume.direction[8]) > 0.7  # as the scan has been, if it was not axial
+    mask = read_volume(path, modality="micro", force=True, **how)
     count, first = len(volume.array), 0.0
     if not bare:
         turn = np.reshape(volume.direction, (3, 3))

@@ -17,7 +17,8 @@ from ..core import FileError, GeometryError, RangeError, ResourceError
 from ..data.volume import Grid
 from .regular_grid import resample_to_regular_grid
 from .slices import Format, ReadOptions, SharedFile, SliceSource
-from .volume_headers import HEADERS, Header, read_header, unpack
+from .text_headers import read_metaimage, read_nrrd
+from .volume_headers import Header, read_header, read_nifti, unpack
 
 # %% ../../nbs/5_scans/08_volume_files.ipynb #520c2b38
 def _check_length(options: ReadOptions, header: Header, found: int) -> None:
@@ -52,6 +53,7 @@ def _open_data(options: ReadOptions, header: Header) -> tuple[SharedFile, int]:
                 break
     except FileError as e:
         raise FileError(f"{header.data.name}: {e}") from e
+    held.file.flush()
     _check_length(options, header, found)
     return held, header.skip
 
@@ -140,5 +142,9 @@ def open_scan_file(options: ReadOptions, headers: list[Header]) -> SliceSource:
 
 NIFTI, NRRD, METAIMAGE = (
     Format(name, endings, partial(read_header, read), open_scan_file)
-    for name, read, endings in HEADERS
+    for name, read, endings in (
+        ("NIfTI", read_nifti, (".nii", ".nii.gz", ".hdr", ".img")),
+        ("NRRD", read_nrrd, (".nrrd", ".nhdr")),
+        ("MetaImage", read_metaimage, (".mha", ".mhd")),
+    )
 )
