@@ -121,6 +121,7 @@ def super_resolve(
     slices: Annotated[str | None, Option(help="FIRST:END, counted from 0, e.g. 60:62")] = None,
     series: Annotated[str | None, Option(help="which of several, see mmsr info SCAN")] = None,
     resample: Annotated[bool, Option("--resample", help="tilted, uneven: regular grid")] = False,
+    reorient: Annotated[bool, Option("--reorient", help="sagittal, coronal: to axial")] = False,
     weights: Annotated[str, Option(help="a .safetensors file")] = "bundled",
     lung_only: Annotated[bool, Option("--lung-only", help="keep the rest bicubic")] = False,
     mask: Annotated[Path | None, Option(help="a mask of yours, on the scan's grid")] = None,
@@ -162,7 +163,7 @@ def super_resolve(
     options = SROptions.read({**asked, "device": str(choose_device(device))})
     g1, card = load_generator(find_weights(weights))
     how: dict[str, Any] = {"force": force, "resample": resample, "series": series}
-    volume = read_volume(scan, slices=wanted, lazy=True, **how)
+    volume = read_volume(scan, slices=wanted, lazy=True, reorient=reorient, **how)
     if RESEARCH_ONLY in volume.notes and not force:
         raise FileError(f"{scan}: is itself super-resolved; give what it was made from, or --force")
     inside = find_lung(volume) if lung_only and mask is None else None
@@ -182,9 +183,10 @@ def super_resolve(
 # %% ../../nbs/8_app/06_cli.ipynb #202790bf
 @app.command()
 def info(
-    scan: Annotated[Path, Argument(help="DICOM folder, NIfTI, NRRD, MetaImage or TIFF")],
+    scan: Annotated[Path, Argument(help="DICOM folder, NIfTI, NRRD, MetaImage, TIFF, PNG")],
     picture: Annotated[Path | None, Option(help="also draw it: a .png file")] = None,
     series: Annotated[str | None, Option(help="which of several series")] = None,
+    reorient: Annotated[bool, Option("--reorient", help="sagittal, coronal: to axial")] = False,
     micro: Annotated[bool, Option("--micro", help="a µCT scan, in grey values")] = False,
     voxel_um: Annotated[float | None, Option(help="voxel size of files without one, µm")] = None,
 ) -> None:
@@ -193,7 +195,8 @@ def info(
 
     if picture is not None and picture.suffix.lower() != ".png":
         raise FileError(f"{picture}: expected a name that ends in .png")
-    found = scan_info(scan, modality="micro" if micro else None, voxel_um=voxel_um, series=series)
+    how: dict[str, Any] = {"modality": "micro" if micro else None, "reorient": reorient}
+    found = scan_info(scan, voxel_um=voxel_um, series=series, **how)
     echo(info_text(found))
     if picture is not None and (drawn := info_picture(found)) is not None:
         with atomic_write(picture) as temporary:

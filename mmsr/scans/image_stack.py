@@ -38,7 +38,7 @@ def _numbering(options: ReadOptions, paths: list[Path]) -> int:
         doubt(uneven[0], "an even numbering", "add the missing slices")
     elif min(usual, default=0) < 0 or not any(usual):
         doubt(0, "numbers that rise together", "number them anew")
-    return max(*usual, 1)
+    return max((*usual, 1))
 
 # %% ../../nbs/5_scans/09_image_stack.ipynb #15562bf3
 Said = tuple[tuple[float, float, float], str]  # a voxel size in mm (z, y, x), and who says so
@@ -135,7 +135,7 @@ def _stack_grid(options: ReadOptions, files: list[ImageFile], count: int) -> Gri
     if voxel is None:
         text = f"{one.format} does not say its voxel size; give voxel_mm=… or voxel_um=…"
         raise GeometryError(f"{options.name}: {text}")
-    if rise > 1 and rise not in steps and voxel[0] <= max(voxel[1:]):
+    if rise > 1 and rise not in steps and (steps or voxel[0] <= max(voxel[1:])):
         text = f"its numbers rise by {rise}, as if {rise - 1} of {rise} slices were left out"
         way = "give voxel_mm=(z, y, x) with the distance of slices, or all slices"
         options.refuse_unless_forced(GeometryError, f"{text}; {way}")

@@ -226,6 +226,7 @@ def scan_info(
     voxel_mm: float | Sequence[float] | None = None,
     voxel_um: float | Sequence[float] | None = None,
     series: int | str | None = None,
+    reorient: bool = False,
 ) -> ScanInfo:
     """Look at a scan without changing or keeping any of it.
 
@@ -234,11 +235,13 @@ def scan_info(
     path : str or Path
         A file or a folder.
     modality : str, optional
-        ``"clinical"`` or ``"micro"``; if missing, micro for TIFF and clinical for all else.
+        ``"clinical"`` or ``"micro"``; if missing, micro for TIFF, PNG, BMP and JPEG 2000 and clinical for all else.
     voxel_mm, voxel_um : float or (z, y, x), optional
         As in `read_volume`.
     series : int or str, optional
         Which of several DICOM series; if missing, the one with most slices.
+    reorient : bool
+        As in `read_volume`.
 
     Returns
     -------
@@ -262,7 +265,7 @@ def scan_info(
             refusals.append(str(e))
     header = heads[0] if heads and isinstance(heads[0], Header) else None
     modality = modality or (header.modality if header else "") or found.format.modality
-    options = read_options(path, modality, voxel_mm, voxel_um, series)
+    options = read_options(path, modality, voxel_mm, voxel_um, series)._replace(reorient=reorient)
     info = ScanInfo(options.name, _format(found), modality, oriented=found.format is DICOM)
     ways = [options]
     if heads and found.format is DICOM:

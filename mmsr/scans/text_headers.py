@@ -17,15 +17,16 @@ from .volume_headers import Header, notice_in
 
 # %% ../../nbs/5_scans/07_text_headers.ipynb #10c48dee
 def _text_header(path: Path, separator: str) -> tuple[dict[str, str], str]:
-    """Read the fields of an NRRD or MetaImage file, and its text up to where they end."""
+    """Read the fields of an NRRD or MetaImage file by their names without spaces, and its text."""
     fields: dict[str, str] = {}
     with path.open("rb") as f:
         for _ in range(1000):
             line = f.readline(65536).decode("latin-1").strip()
             key, found, value = (part.strip() for part in line.partition(separator))
-            if found and line[0] != "#" and fields.setdefault(key.lower(), value) != value:
+            name = key.lower().replace(" ", "")  # "data file" may be written "datafile"
+            if found and line[0] != "#" and fields.setdefault(name, value) != value:
                 raise FileError(f"its header says {key[:40]!r} twice; mend it")
-            if not line or key.lower() == "elementdatafile":
+            if not line or name == "elementdatafile":
                 break
         end = f.tell()
         f.seek(0)
@@ -36,14 +37,6 @@ def _words(text: str) -> dict[str, str]:
     """Turn "type: word, word; type: …" into a dict from word to type."""
     lines = [line.split(": ") for line in text.split("; ")]
     return {word: kind for kind, words in lines for word in words.split(", ")}
-
-
-def _either(fields: dict[str, str], *keys: str, default: str | None = None) -> str | None:
-    """Return a field that has several names; refuse two that differ."""
-    said = {fields[key] for key in keys if key in fields}
-    if len(said) > 1:
-        raise FileError(f"its header says {' and '.join(map(repr, keys))} differently; mend it")
-    return next(iter(said), default)
 
 
 def _with_data(header: Header, beside: str | None, skip: int) -> Header:
@@ -87,11 +80,11 @@ _NRRD_SPACES = {  # to LPS
 
 def _nrrd_place(header: Header, fields: dict[str, str]) -> Header:
     """Add voxel size, axes and origin, as far as an NRRD file says them."""
-    units = fields.get("space units", "") + fields.get("units", "")
+    units = fields.get("spaceunits", "") + fields.get("units", "")
     in_mm = set(re.findall(r'"([^"]*)"', units)) <= {"mm", ""}
     spacings = [float(v) for v in fields.get("spacings", "").split()[:3]]
-    if "space directions" in fields:
-        vectors = re.findall(r"\(([^)]*)\)|none", fields["space directions"])[:3]
+    if "spacedirections" in fields:
+        vectors = re.findall(r"\(([^)]*)\)|none", fields["spacedirections"])[:3]
         columns = np.array([[float(v) for v in vector.split(",")] for vector in vectors]).T
         norms = np.linalg.norm(columns, axis=0)
         flip = np.array(_NRRD_SPACES.get(fields.get("space", "").lower(), (np.nan,) * 3))
@@ -103,8 +96,8 @@ def _nrrd_place(header: Header, fields: dict[str, str]) -> Header:
             header = header._replace(doubts=(f"contradicts itself: {text}; mend its header",))
         if np.isfinite(flip).all() and len(header.size) >= 3:
             header = header._replace(axes=flip[:, None] * columns / norms)
-            if "space origin" in fields:
-                place = [float(v) for v in fields["space origin"].strip("() ").split(",")]
+            if "spaceorigin" in fields:
+                place = [float(v) for v in fields["spaceorigin"].strip("() ").split(",")]
                 header = header._replace(origin=tuple(map(float, flip * place)))
     elif spacings and in_mm:
         header = header._replace(spacing=tuple(spacings))
@@ -126,11 +119,10 @@ def read_nrrd(path: Path) -> Header:
     size = tuple(map(int, fields["sizes"].split()))
     if int(fields["dimension"]) != len(size):
         raise ValueError("dimension")
-    if int(_either(fields, "line skip", "lineskip") or 0):
+    if int(fields.get("lineskip", "0")):
         raise FileError("skips lines of its data, which is not read; convert it")
-    skip = int(_either(fields, "byte skip", "byteskip") or 0)
     header = Header(size, np.dtype(kind), path, len(text), packed, notes=notice_in(text))
-    header = _with_data(header, _either(fields, "data file", "datafile"), skip)
+    header = _with_data(header, fields.get("datafile"), int(fields.get("byteskip", "0")))
     kinds = fields.get("kinds", "").lower().split()
     if set(kinds) - {"domain", "space", "none", "???"}:
         text = f"expected one value per voxel, got axes of kind {' '.join(kinds)} (colour)"
@@ -149,8 +141,8 @@ def read_metaimage(path: Path) -> Header:
     fields, text = _text_header(path, "=")
     yes = {"true": True, "1": True, "false": False, "0": False}
     kind: str = _known("element type", fields["elementtype"].upper(), _META_TYPES)
-    msb = _either(fields, "binarydatabyteordermsb", "elementbyteordermsb") or "false"
-    order = ">" if _known("byte order", msb.lower(), yes) else "<"
+    msb = {fields.get(f"{what}byteordermsb", "").lower() for what in ("binarydata", "element")}
+    order = ">" if _known("byte order", " and ".join(msb - {""}) or "false", yes) else "<"
     if not _known("kind of data", fields.get("binarydata", "true").lower(), yes):
         raise FileError("expected binary data, got text; convert it")
     if int(fields.get("elementnumberofchannels", "1")) != 1:

@@ -591,10 +591,11 @@ def test_sheared_grids(tmp_path, scan):
 
 
 def test_sform_and_qform_that_disagree(tmp_path, scan):
-    """Turned over, they are a contradiction; nearby, a note; the sform, as nibabel takes it, counts."""
+    """Turned over, they are a contradiction; nearby, a note; the sform counts, as for nibabel."""
     path = tmp_path / "v.nii.gz"
-    form, flipped, near = (np.diag([0.6 * x, 0.5 * y, 2.5, 1]) for x, y in ((1, 1), (-1, -1), (1, 1)))
-    near[:3, 3] = 2, 0, 0
+    form, near, flipped = np.diag([0.6, 0.5, 2.5, 1]), np.eye(4), np.diag([-0.6, -0.5, 2.5, 1])
+    near[:3] = form[:3]
+    near[0, 3] = 2
     for codes in ((1, 1), (1, 2), (2, 1), (4, 1), (0, 1), (1, 0)):
         for qform in (form, near, flipped, form @ np.diag([-1, 1, 1, 1])):
             nifti = nibabel.Nifti1Image(scan.array.T, form)
