@@ -155,8 +155,7 @@ def super_resolve(
     _check_names(volumes, picture, [scan, find_weights(weights), *([mask] if mask else [])])
     begun = unfinished(out).exists() and not overwrite
     taken = [path for path in (*volumes, picture) if path.exists() and not (begun or overwrite)]
-    if not all(map(is_stamped, volumes)):
-        _refuse_existing(taken)
+    _refuse_existing([] if all(map(is_stamped, volumes)) else taken)
     share, wanted = _part(part), _slices(slices) if slices else None
     asked = {"tile": tile or "auto", "batch": batch or "auto", "precision": precision}
     asked |= {"exact_means": exact_means, "uncertainty": uncertainty is not None}
@@ -166,9 +165,8 @@ def super_resolve(
     volume = read_volume(scan, slices=wanted, lazy=True, reorient=reorient, **how)
     if RESEARCH_ONLY in volume.notes and not force:
         raise FileError(f"{scan}: is itself super-resolved; give what it was made from, or --force")
-    inside = find_lung(volume) if lung_only and mask is None else None
-    if mask is not None:
-        inside = read_mask(mask, volume)
+    inside = None if mask is None else read_mask(mask, volume)
+    inside = find_lung(volume) if lung_only and mask is None else inside
     job = plan_scan(volume, targets, g1, card, options, mask=inside, overwrite=overwrite)
     if job.finished:
         echo(f"{out}: {_FINISHED}")

@@ -129,8 +129,8 @@ def _stack_grid(options: ReadOptions, files: list[ImageFile], count: int) -> Gri
     rise = _numbering(options, paths)
     beside, steps = _said_beside(options, paths, one.size, count)
     said = [*{f.said[0]: f.said for f in files if f.said}.values(), *beside]
-    told = f"{one.format} says nothing of place and orientation: origin 0, axes as stored"
-    options.notes.append(told)
+    text = f"{one.format} says nothing of place and orientation: origin 0, axes as stored"
+    options.notes.append(text)
     voxel = said[0][0] if said else options.voxel
     if voxel is None:
         text = f"{one.format} does not say its voxel size; give voxel_mm=… or voxel_um=…"
