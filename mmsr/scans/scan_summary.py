@@ -256,8 +256,7 @@ def scan_info(
         If an argument has no meaning.
     """
     found = find_scan(Path(path))
-    heads: list[Any] = []
-    refusals: list[str] = []
+    heads, refusals = list[Any](), list[str]()
     for file in found.files:  # once: whatever is asked below is asked of what they say here
         try:
             heads += inspect_file(found.format, file)
