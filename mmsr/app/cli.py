@@ -117,6 +117,7 @@ def super_resolve(
     slices: Annotated[str | None, Option(help="FIRST:END, counted from 0, e.g. 60:62")] = None,
     series: Annotated[str | None, Option(help="which of several, see mmsr info SCAN")] = None,
     resample: Annotated[bool, Option("--resample", help="tilted, uneven: regular grid")] = False,
+    reorient: Annotated[bool, Option("--reorient", help="sagittal, coronal: to axial")] = False,
     weights: Annotated[str, Option(help="a .safetensors file")] = "bundled",
     lung_only: Annotated[bool, Option("--lung-only", help="keep the rest bicubic")] = False,
     mask: Annotated[Path | None, Option(help="a mask of yours, on the scan's grid")] = None,
@@ -150,20 +151,18 @@ def super_resolve(
     _check_names(volumes, picture, [scan, find_weights(weights), *([mask] if mask else [])])
     begun = unfinished(out).exists() and not overwrite
     taken = [path for path in (*volumes, picture) if path.exists() and not (begun or overwrite)]
-    if not all(map(is_stamped, volumes)):
-        _refuse_existing(taken)
+    _refuse_existing([] if all(map(is_stamped, volumes)) else taken)
     share = _part(part)
     asked = {"tile": tile or "auto", "batch": batch or "auto", "precision": precision}
     asked |= {"exact_means": exact_means, "uncertainty": uncertainty is not None}
     options = SROptions.read({**asked, "device": str(choose_device(device))})
     g1, card = load_generator(find_weights(weights))
     how: dict[str, Any] = {"force": force, "resample": resample, "series": series}
-    volume = read_volume(scan, slices=slices, lazy=True, **how)
+    volume = read_volume(scan, slices=slices, lazy=True, reorient=reorient, **how)
     if RESEARCH_ONLY in volume.notes and not force:
         raise FileError(f"{scan}: is itself super-resolved; give what it was made from, or --force")
-    inside = find_lung(volume) if lung_only and mask is None else None
-    if mask is not None:
-        inside = read_mask(mask, volume)
+    inside = None if mask is None else read_mask(mask, volume)
+    inside = find_lung(volume) if lung_only and mask is None else inside
     job = plan_scan(volume, targets, g1, card, options, mask=inside, overwrite=overwrite)
     if job.finished:
         echo(f"{out}: {_FINISHED}")
@@ -178,9 +177,10 @@ def super_resolve(
 # %% ../../nbs/8_app/06_cli.ipynb #202790bf
 @app.command()
 def info(
-    scan: Annotated[Path, Argument(help="DICOM folder, NIfTI, NRRD, MetaImage or TIFF")],
+    scan: Annotated[Path, Argument(help="DICOM folder, NIfTI, NRRD, MetaImage, TIFF, PNG")],
     picture: Annotated[Path | None, Option(help="also draw it: a .png file")] = None,
     series: Annotated[str | None, Option(help="which of several series")] = None,
+    reorient: Annotated[bool, Option("--reorient", help="sagittal, coronal: to axial")] = False,
     micro: Annotated[bool, Option("--micro", help="a µCT scan, in grey values")] = False,
     voxel_um: Annotated[float | None, Option(help="voxel size of files without one, µm")] = None,
 ) -> None:
@@ -189,7 +189,8 @@ def info(
 
     if picture is not None and picture.suffix.lower() != ".png":
         raise FileError(f"{picture}: expected a name that ends in .png")
-    found = scan_info(scan, modality="micro" if micro else None, voxel_um=voxel_um, series=series)
+    how: dict[str, Any] = {"modality": "micro" if micro else None, "reorient": reorient}
+    found = scan_info(scan, voxel_um=voxel_um, series=series, **how)
     echo(_in_options(info_text(found), "--voxel-um …"))
     if picture is not None and (drawn := info_picture(found)) is not None:
         with atomic_write(picture) as temporary:

@@ -49,6 +49,8 @@ class PrepareSettings(Settings):
         In-plane pixel to which µCT is averaged before patches are cut, µm; None: as it is (R7).
     clinical_slices, micro_slices : tuple of int, optional
         First and end of the slices of each scan that are read; None: all.
+    clinical_reorient : bool
+        Turn clinical scans of sagittal or coronal slices to axial ones.
     cases, slices, size : int
         Phantom cases of each modality, slices of each, and their side in SR pixels.
     held_out : int
@@ -74,6 +76,7 @@ class PrepareSettings(Settings):
     micro_resample_um: pydantic.PositiveFloat | None = None
     clinical_slices: tuple[int, int] | None = None
     micro_slices: tuple[int, int] | None = None
+    clinical_reorient: bool = False
     cases: pydantic.PositiveInt = 4
     slices: pydantic.PositiveInt = 3
     size: int = pydantic.Field(1024, multiple_of=8, ge=256)
@@ -156,7 +159,8 @@ def _known(made: PhantomCase, scale: int) -> tuple[Volume | None, dict[str, np.n
 
 def _patient(settings: PrepareSettings, i: int, path: Path) -> Case:
     """Read clinical scan number `i`, and choose three sites in its lung to show."""
-    volume = read_volume(path, slices=settings.clinical_slices)
+    reorient = settings.clinical_reorient
+    volume = read_volume(path, slices=settings.clinical_slices, reorient=reorient)
     masks = paths_of(settings.clinical_mask)
     mask = read_mask(masks[i], volume) if masks else lung_mask(volume)
     margin = 16

@@ -10,7 +10,6 @@ __all__ = ['TRUST', 'OVERRULE', 'IN_PLANE_MM', 'MODALITIES', 'PADDING_BELOW_HU',
 # %% ../../nbs/5_scans/01_slices.ipynb #d0013162
 import math
 import os
-import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -46,6 +45,7 @@ class ReadOptions(NamedTuple):
     force: bool = False  # doubts are noted, not raised
     resample: bool = False  # a sheared or uneven stack is resampled to a regular grid
     series: str | None = None  # which of several: its number in the refusal's list, or its UID
+    reorient: bool = False  # sagittal or coronal slices are turned to axial ones
 
     def refuse_unless_forced(self, kind: type[MMSRError], text: str) -> None:
         """Refuse what a person may overrule; note it when overruled."""
@@ -241,19 +241,21 @@ class SliceReader:
 
 
 class SharedFile:
-    """An open file that is closed when nobody can read from it any more."""
+    """An open file for threads and forked processes, closed when nobody can read from it any more."""
 
     def __init__(self, file: Any) -> None:
-        self.file, self.lock = file, threading.Lock()
+        self.file = file
 
     def __del__(self) -> None:
         self.file.close()
 
     def read(self, start: int, count: int) -> bytes:
-        """Read bytes from a place, whoever else reads at the same time."""
-        with self.lock:
-            self.file.seek(start)
-            return self.file.read(count)
+        """Read bytes from a place; forked processes share the file's own position, so it is not used."""
+        pieces, end = [], start + count
+        while start < end and (piece := os.pread(self.file.fileno(), end - start, start)):
+            pieces.append(piece)
+            start += len(piece)
+        return b"".join(pieces)
 
 # %% ../../nbs/5_scans/01_slices.ipynb #78b8dfcd
 def volume_of(options: ReadOptions, stack: SliceSource, *, lazy: bool = False) -> Volume:

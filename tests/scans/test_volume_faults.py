@@ -214,7 +214,9 @@ def test_orientation_is_that_of_simpleitk(tmp_path, turn):
     folder = series(
         tmp_path / "s", chest(), step=step, ImageOrientationPatient=[f"{v:.10g}" for v in cosines]
     )
-    scan = read_volume(folder)
+    if turn == "sagittal":
+        refused(GeometryError, folder, "expected axial slices, got sagittal", "--reorient")
+    scan = read_volume(folder, force=turn == "sagittal")
     names = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder))
     other = sitk.ReadImage(names)
     assert np.array_equal(scan.array, sitk.GetArrayViewFromImage(other))
@@ -589,16 +591,25 @@ def test_sheared_grids(tmp_path, scan):
 
 
 def test_sform_and_qform_that_disagree(tmp_path, scan):
+    """Turned over, they are a contradiction; nearby, a note; the sform counts, as for nibabel."""
     path = tmp_path / "v.nii.gz"
-    forms = [np.diag([0.6, 0.5, 2.5, 1.0]), np.diag([-0.6, -0.5, 2.5, 1.0])]
+    form, near, flipped = np.diag([0.6, 0.5, 2.5, 1]), np.eye(4), np.diag([-0.6, -0.5, 2.5, 1])
+    near[:3] = form[:3]
+    near[0, 3] = 2
     for codes in ((1, 1), (1, 2), (2, 1), (4, 1), (0, 1), (1, 0)):
-        nifti = nibabel.Nifti1Image(scan.array.T, forms[0])
-        nifti.set_sform(forms[0], codes[0])
-        nifti.set_qform(forms[1], codes[1])
-        nibabel.save(nifti, path)
-        place = read_volume(path).world_mm((0, 7, 9))  # where nibabel places it: the sform
-        ras = nibabel.affines.apply_affine(nibabel.load(path).affine, (9, 7, 0))
-        assert place == pytest.approx(ras * (-1, -1, 1), abs=1e-4)
+        for qform in (form, near, flipped, form @ np.diag([-1, 1, 1, 1])):
+            nifti = nibabel.Nifti1Image(scan.array.T, form)
+            nifti.set_sform(form, codes[0])
+            nifti.set_qform(qform, codes[1])
+            nifti.header.set_xyzt_units("mm")
+            nibabel.save(nifti, path)
+            both = all(codes)
+            if both and qform is not form and qform is not near:
+                refused(FileError, path, "contradicts itself", "sform", "qform")
+            read = read_volume(path, force=True)
+            ras = nibabel.affines.apply_affine(nibabel.load(path).affine, (9, 7, 0))
+            assert read.world_mm((0, 7, 9)) == pytest.approx(ras * (-1, -1, 1), abs=1e-4)
+            assert len(read.notes) == int(both and qform is not form)
 
 
 def test_four_dimensions_colour_and_complex(tmp_path, scan):
