@@ -271,8 +271,8 @@ def _open_gzip(to: Target) -> Writer:
         write_piece(files[z], lambda f: f.writelines([check, *packed]), to.sync)
 
     def join() -> None:
-        header, matrix = _nifti_header(to), _behind(to.plane_bytes)
-        check = zlib.crc32(header)
+        header = _nifti_header(to)
+        check, matrix = zlib.crc32(header), _behind(to.plane_bytes)
         with to.path.open("wb") as out:
             out.write(b"\x1f\x8b\x08\0\0\0\0\0\0\xff" + _deflated(header))  # of no time or system
             for file in files:
@@ -286,8 +286,7 @@ def _open_gzip(to: Target) -> Writer:
 
 def _unpacked_size(to: Target) -> bytes:
     """Return the last four bytes of a gzip file: how long it is unpacked, modulo 2³²."""
-    size = 352 + len(to.volume.array) * to.plane_bytes
-    return (size % 2**32).to_bytes(4, "little")
+    return (NIFTI.pieces(to, 0)[to.path] % 2**32).to_bytes(4, "little")
 
 
 NIFTI_GZ = NIFTI._replace(
