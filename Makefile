@@ -3,7 +3,7 @@ PYTHON ?= python3
 CORES  ?= 2
 BIN    := .venv/bin
 
-.PHONY: help setup hooks demo quick test nightly lint lines check bench clean lab
+.PHONY: help setup hooks demo quick test nightly viewers lint lines check bench clean lab
 
 help:            ## list the targets
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -33,9 +33,16 @@ quick: lint      ## style, types, structure, links, cheap pages and tests: under
 test: setup      ## every notebook and test, with the coverage of the package
 	$(BIN)/python -m pytest -n $(CORES) --cov --cov-report=term --cov-fail-under=90
 
-nightly: setup   ## hours: slow cells, many kills, the largest files, the benchmarks
-	MMSR_SLOW=1 MMSR_LARGE=1 MMSR_KILLS=20 $(BIN)/python -m pytest -n $(CORES) --timeout 3600
+nightly: setup   ## hours: slow cells, every page as in Jupyter, many kills, 1,000 broken scans, the largest files, the benchmarks
+	-$(MAKE) viewers
+	MMSR_SLOW=1 MMSR_LARGE=1 MMSR_KILLS=20 MMSR_FUZZ=1000 $(BIN)/python -m pytest -n $(CORES) --timeout 3600
 	$(MAKE) bench
+
+viewers:         ## install other readers of what is written, for tests/scans/test_viewers.py alone
+	test -x .viewers/bin/python || $(PYTHON) -m venv .viewers
+	.viewers/bin/python -m pip install --quiet --prefer-binary -c constraints.txt \
+	  ome-zarr==0.18.0 ome-zarr-models==1.7 napari-ome-zarr==0.10.0 ngff-zarr
+	npm install --silent --no-audit --no-fund --prefix .viewers @niivue/niivue@0.69.0 nifti-reader-js@0.8.0
 
 lint: setup      ## style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

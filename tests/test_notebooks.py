@@ -1,6 +1,8 @@
 """Each notebook is one test; its exported cells count for the coverage of their module.
 
-Cells marked `#| slow` run where MMSR_SLOW is set, those marked `#| cuda` where there is a GPU.
+Cells marked `#| slow` run where MMSR_SLOW is set; those marked `#| cuda` say it themselves if there
+is no GPU. Some pages also run as Jupyter runs them, all cells twice in one kernel; where MMSR_SLOW
+is set all do, the benchmarks without their slow cells, which `make bench` runs.
 """
 
 import ast
@@ -16,13 +18,23 @@ import nbformat
 import pytest
 import torch
 from IPython.display import display
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 ROOT = Path(__file__).parents[1]
 NBS = ROOT / "nbs"
 PAGES = sorted([*NBS.glob("*.ipynb"), *NBS.glob("[0-9]_*/*.ipynb")])
 MODULES = [p for p in (ROOT / "mmsr").rglob("*.py") if p.name not in ("__init__.py", "__main__.py")]
 QUICK = ("00_core", "2_networks/", "3_losses/")  # pages that take a few seconds, for `make quick`
-SKIPPED = re.compile(r"^#\| *(slow|cuda|eval: *false)", re.MULTILINE)
+RUN_ALL = (
+    "00_core",
+    "1_data/03_trees",
+    "5_scans/12_ome",
+    "5_scans/15_output_plan",
+)  # of few seconds
+SLOW = "MMSR_SLOW" in os.environ
+SKIPPED = re.compile(r"^#\| *(slow|eval: *false)", re.MULTILINE)
+CUDA = re.compile(r"^#\| *cuda", re.MULTILINE)
 IS_CODE = re.compile(r"^(?!#\||\s*$)")
 
 
@@ -39,10 +51,16 @@ def exported_lines() -> dict[tuple[str, str], tuple[str, int]]:
 EXPORTED = exported_lines()
 
 
-def skipped(source: str) -> bool:
-    """Tell whether a cell is left out, here and now."""
-    allowed = {"slow": "MMSR_SLOW" in os.environ, "cuda": torch.cuda.is_available()}
-    return any(not allowed.get(mark, False) for mark in SKIPPED.findall(source))
+def run_cells(path: Path, slow: bool) -> list[Any]:
+    """Return the cells of code that run here and now, but for the one that exports."""
+    cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+    left_out = {"slow": not slow}
+    return [
+        cell
+        for cell in cells
+        if "nbdev_export()" not in cell.source
+        and not any(left_out.get(mark, True) for mark in SKIPPED.findall(cell.source))
+    ]
 
 
 def page(path: Path) -> Any:
@@ -68,10 +86,8 @@ def test_notebook(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module.__dict__["display"] = display
     monkeypatch.setitem(sys.modules, module.__name__, module)  # pydantic looks annotations up there
     name = path.relative_to(NBS).as_posix()
-    for number, cell in enumerate(nbformat.read(path, 4).cells):
+    for number, cell in enumerate(run_cells(path, SLOW)):
         source = cell.source
-        if cell.cell_type != "code" or skipped(source) or "nbdev_export()" in source:
-            continue
         file, line = f"{name}, cell {number}", 1
         if place := EXPORTED.get((name, cell.id)):
             lines = source.splitlines()
@@ -79,3 +95,35 @@ def test_notebook(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             file, line = place[0], place[1] - first
         tree = ast.increment_lineno(ast.parse(source), line - 1)
         exec(compile(tree, file, "exec"), module.__dict__)
+
+
+def run_all() -> list[Any]:
+    """List the pages that run as in Jupyter."""
+    if SLOW:
+        return [*PAGES, *sorted((NBS / "benchmarks").glob("*.ipynb"))]
+    return [path for path in PAGES if path.relative_to(NBS).as_posix().startswith(RUN_ALL)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", run_all(), ids=lambda path: path.relative_to(NBS).as_posix())
+def test_run_all_cells_twice_in_one_kernel(path: Path) -> None:
+    """As the menu does: with or without a GPU, and again over what the first run left."""
+    cells = run_cells(path, SLOW and path.parent.name != "benchmarks")
+    book = nbformat.v4.new_notebook()
+    book.cells = [nbformat.v4.new_code_cell(cell.source) for cell in cells * 2]  # ids of their own
+    place = {"metadata": {"path": str(path.parent)}}
+    NotebookClient(book, timeout=1800, kernel_name="python3", resources=place).execute()
+    for cell in book.cells:
+        said = "".join(output.get("text", "") for output in cell.outputs)
+        tree = ast.parse(cell.source)
+        if CUDA.search(cell.source) and not all(isinstance(n, ast.FunctionDef) for n in tree.body):
+            assert torch.cuda.is_available() or said == "left out: no GPU here\n"
+
+
+@pytest.mark.slow
+def test_a_page_that_cannot_run_twice_is_seen(tmp_path: Path) -> None:
+    page = nbformat.v4.new_notebook()
+    page.cells = [nbformat.v4.new_code_cell(s) for s in ("assert 'x' not in globals()", "x = 1")]
+    nbformat.write(page, tmp_path / "page.ipynb")
+    with pytest.raises(CellExecutionError, match="AssertionError"):
+        test_run_all_cells_twice_in_one_kernel(tmp_path / "page.ipynb")

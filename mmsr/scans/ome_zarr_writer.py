@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from ..data.volume import Volume
+from .ome_zarr import TOWARDS
 from .slice_writers import Format, Target, Writer, read_start, write_piece
 
 # %% ../../nbs/5_scans/14_ome_zarr_writer.ipynb #0edf650c
@@ -51,6 +53,18 @@ def pyramid(plane: np.ndarray, smallest: int = SMALLEST) -> list[np.ndarray]:
     return levels
 
 # %% ../../nbs/5_scans/14_ome_zarr_writer.ipynb #63138afc
+def _axes(volume: Volume) -> list[dict[str, Any]]:
+    """Describe the axes; if all run from side to side of a patient, also from which to which."""
+    axes: list[dict[str, Any]] = [{"name": a, "type": "space", "unit": "millimeter"} for a in "zyx"]
+    sides = {way: side for side, way in TOWARDS.items()}
+    columns = np.reshape(volume.direction, (3, 3)).T[::-1].round(6)
+    ways = [sides.get(tuple(column)) for column in columns]
+    if None not in ways and volume.modality == "clinical":
+        for axis, way in zip(axes, ways, strict=True):
+            axis["orientation"] = {"type": "anatomical", "value": way}
+    return axes
+
+
 def _attributes(to: Target) -> dict[str, Any]:
     """Describe the levels as OME-Zarr 0.5 asks, and the whole grid beside it."""
     volume, name = to.volume, to.path.name.removesuffix(".ome.zarr")
@@ -63,8 +77,7 @@ def _attributes(to: Target) -> dict[str, Any]:
         places = {"scale": scale.tolist(), "translation": first.tolist()}
         transforms = [{"type": kind, kind: place} for kind, place in places.items()]
         datasets.append({"path": str(k), "coordinateTransformations": transforms})
-    axes = [{"name": a, "type": "space", "unit": "millimeter"} for a in "zyx"]
-    scales = {"name": name, "axes": axes, "datasets": datasets, "type": "mean"}
+    scales = {"name": name, "axes": _axes(volume), "datasets": datasets, "type": "mean"}
     grid = {name: list(values) for name, values in volume.grid._asdict().items()}
     said = {"modality": volume.modality, "unit": volume.unit, "notice": to.notice}
     ome = {"version": "0.5", "multiscales": [scales]}

@@ -13,10 +13,12 @@ import math
 import os
 import shutil
 import uuid
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from operator import mul
+from functools import reduce
+from operator import mul, xor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -229,15 +231,30 @@ def ends_with(file: Path, what: bytes, at: int) -> bool:
         return f.read(len(what)) == what
     return False
 
+# %% ../../nbs/5_scans/13_slice_writers.ipynb #a5c31e07
+def _times(matrix: list[int], crc: int) -> int:
+    """Multiply a matrix of bits, given by its columns, and a checksum."""
+    return reduce(xor, (column for bit, column in enumerate(matrix) if crc >> bit & 1), 0)
+
+
+def _behind(count: int) -> list[int]:
+    """Return the matrix of so many zero bytes behind: twice half as many, and the odd one."""
+    if not count:
+        return [1 << bit for bit in range(32)]
+    half, odd = _behind(count // 2), bytes(count % 2)
+    twice = [_times(half, column) for column in half]
+    return [zlib.crc32(odd, column) ^ zlib.crc32(odd) for column in twice]
+
+
+def _deflated(data: Any) -> bytes:
+    """Pack data into blocks that end at a whole byte, and none of them is the last."""
+    packing = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS)
+    return packing.compress(data) + packing.flush(zlib.Z_FULL_FLUSH)
+
 # %% ../../nbs/5_scans/13_slice_writers.ipynb #9d07bf29
 def _gzip_pieces(to: Target, z: int) -> dict[Path, int]:
-    """Name the file of a packed slice that is not chained yet."""
-    return {to.path.with_name(to.path.name + ".pieces") / f"{z:06d}.gz": 1}
-
-
-def _bands(nbytes: int, rows: int) -> int:
-    """Tell in how many bands a slice is packed."""
-    return max(1, min(nbytes >> 20, 16, rows))
+    """Name the file of a packed slice that is not chained yet: its checksum, and its blocks."""
+    return {to.path.with_name(to.path.name + ".pieces") / f"{z:06d}.deflate": 5}
 
 
 def _open_gzip(to: Target) -> Writer:
@@ -247,33 +264,36 @@ def _open_gzip(to: Target) -> Writer:
 
     def put(z: int, plane: np.ndarray) -> None:
         # cut by size alone, so that the file is the same on any machine
-        bands = np.array_split(plane, _bands(plane.nbytes, len(plane)))
+        bands = np.array_split(plane, max(1, min(plane.nbytes >> 20, 16, len(plane))))
         with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-            packed = list(pool.map(lambda band: gzip.compress(band.data, 1, mtime=0), bands))
-        write_piece(files[z], lambda f: f.writelines(packed), to.sync)
+            packed = list(pool.map(lambda band: _deflated(band.data), bands))
+        check = zlib.crc32(plane.data).to_bytes(4, "little")
+        write_piece(files[z], lambda f: f.writelines([check, *packed]), to.sync)
 
     def join() -> None:
+        header = _nifti_header(to)
+        check, matrix = zlib.crc32(header), _behind(to.plane_bytes)
         with to.path.open("wb") as out:
-            out.write(gzip.compress(_nifti_header(to), mtime=0))
+            out.write(b"\x1f\x8b\x08\0\0\0\0\0\0\xff" + _deflated(header))  # of no time or system
             for file in files:
                 with file.open("rb") as piece:
+                    check = _times(matrix, check) ^ int.from_bytes(piece.read(4), "little")
                     shutil.copyfileobj(piece, out, 1 << 20)
+            out.write(b"\3\0" + check.to_bytes(4, "little") + _unpacked_size(to))
 
     return Writer(put, join)
 
 
-def _gzip_whole(to: Target) -> bool:
-    """Look at the file's end, which says how long the last band is."""
-    _, height, width = to.volume.array.shape
-    last = height // _bands(to.plane_bytes, height) * width * to.dtype.itemsize
-    return ends_with(to.path, last.to_bytes(4, "little"), 4)
+def _unpacked_size(to: Target) -> bytes:
+    """Return the last four bytes of a gzip file: how long it is unpacked, modulo 2³²."""
+    return (NIFTI.pieces(to, 0)[to.path] % 2**32).to_bytes(4, "little")
 
 
 NIFTI_GZ = NIFTI._replace(
     ending=".nii.gz",
     open=_open_gzip,
     pieces=_gzip_pieces,
-    whole=_gzip_whole,
+    whole=lambda to: ends_with(to.path, _unpacked_size(to), 4),
     stored=lambda height, width: 2 * height * width,  # for a moment: chained, and in pieces
 )
 HEADED = (MHA, NRRD, NIFTI, NIFTI_GZ)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -230,6 +231,61 @@ def test_every_type_in_every_file(tmp_path: Path, ending: str, kind: str) -> Non
     big = values.astype(values.dtype.newbyteorder(">"))
     write_volume(path, scan()._replace(array=big))
     assert np.array_equal(READERS[ending][0](path)[0], values)
+
+
+def one_member(path: Path) -> bytes:
+    """Unpack a file as browsers do: one gzip member, checked, and nothing behind it."""
+    stream = zlib.decompressobj(31)
+    plain = stream.decompress(path.read_bytes())
+    assert stream.eof
+    assert stream.unused_data == b""
+    return plain
+
+
+@pytest.mark.parametrize("kind", ["uint8", "int16", "float64"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 70), (5, 7, 9), (3, 1200, 1024)])
+def test_packed_nifti_is_one_gzip_member(tmp_path: Path, kind: str, shape: tuple[int, ...]) -> None:
+    """Whatever the sizes, whose bits decide how checksums are joined; the largest are in bands."""
+    values = seeded(11, "gzip").integers(0, 250, shape).astype(kind)
+    for ending in (".nii", ".nii.gz"):
+        write_volume(tmp_path / f"v{ending}", scan()._replace(array=values))
+    assert one_member(tmp_path / "v.nii.gz") == (tmp_path / "v.nii").read_bytes()
+
+
+def test_no_output_is_a_chain_of_members(
+    tmp_path: Path, whole: dict[str, dict[str, str]], begun: dict[str, Path]
+) -> None:
+    """Nor is one that went on where pieces of an earlier version lie."""
+    folder = tmp_path / "job"
+    shutil.copytree(begun[".nii.gz"], folder)
+    pieces = unfinished(folder / "sr.nii.gz") / "sr.nii.gz.pieces"
+    pieces.mkdir(exist_ok=True)
+    for z in range(SLICES):
+        (pieces / f"{z:06d}.gz").write_bytes(gzip.compress(plane(z).tobytes(), 1, mtime=0))
+    (unfinished(folder / "sr.nii.gz") / "done-earlier.jsonl").write_text(
+        "".join(f'{{"z": {z}, "facts": {{"z": {z}}}}}\n' for z in range(SLICES))
+    )
+    assert run(folder, ".nii.gz") is not None
+    assert content(folder) == whole[".nii.gz"]
+    for file in folder.glob("*.gz"):
+        assert len(one_member(file)) > 352
+
+
+def test_axes_of_ome_zarr_name_sides_where_they_can(tmp_path: Path) -> None:
+    """Without what this package says beside it, a reader turns the voxels the right way."""
+    for way in ((1.0, 1.0, 1.0), (-1.0, 1.0, -1.0), (-1.0, -1.0, 1.0)):
+        volume = scan()._replace(direction=tuple(np.diag(way).ravel().tolist()))
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.ome.zarr"
+        write_volume(path, volume)
+        page = json.loads((path / "zarr.json").read_text())
+        del page["attributes"]["mmsr"]
+        (path / "zarr.json").write_text(json.dumps(page))
+        theirs = read_volume(path, modality="clinical")
+        assert theirs.direction == volume.direction
+        assert np.array_equal(theirs.array, volume.array)
+    for other in (scan(), scan("upright")._replace(modality="micro")):  # oblique; no patient
+        write_volume(tmp_path / "other.ome.zarr", other)
+        assert "orientation" not in (tmp_path / "other.ome.zarr" / "zarr.json").read_text()
 
 
 # ---------------------------------------------------------------- DICOM
