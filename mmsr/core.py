@@ -194,6 +194,8 @@ def _settings_message(cls: type[Settings], error: pydantic.ValidationError) -> s
         text = f"{name}: {reason[0].lower()}{reason[1:]}"
         if not isinstance(first["input"], Mapping):  # a whole model says nothing
             text += f", got {first['input']!r}"
+        if first["type"] == "string_type":  # 1 may have been 001, or True
+            text += "; a text stands in quotes, or behind -r of papermill"
     return " ".join(text.split()) + (f" (and {len(more)} more)" if more else "")
 
 

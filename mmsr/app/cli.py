@@ -13,11 +13,19 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import pydantic
-import yaml
 from typer import Argument, Option, Typer, echo
 
-from .run_notebook import experiments_folder, noticed_interrupts, read_yaml, run_experiment
+from mmsr.app.run_notebook import (
+    declared_types,
+    experiments_folder,
+    find_experiment,
+    named_once,
+    noticed_interrupts,
+    read_parameters,
+    read_yaml,
+    run_experiment,
+    values_by_type,
+)
 from ..core import RESEARCH_ONLY, FileError, MMSRError, SettingsError, atomic_write, environment
 
 # %% ../../nbs/8_app/06_cli.ipynb #7d70336a
@@ -204,45 +212,50 @@ def info(
 def run(
     experiment: Annotated[str, Argument(help="prepare, train, super_resolve, evaluate, or a file")],
     out: Annotated[Path | None, Option(help="the executed notebook")] = None,
-    parameter: Annotated[list[str] | None, Option("--parameter", "-p", help="NAME=YAML")] = None,
+    parameter: Annotated[list[str] | None, Option("--parameter", "-p", help="NAME=VALUE")] = None,
     values: Annotated[str, Option("--json", help="parameters as one JSON object")] = "{}",
     plain: Annotated[bool, Option("--plain", help="prepare or train without Jupyter")] = False,
 ) -> None:
     """Run an experiment: its notebook with papermill, or without one."""
-    try:
-        merged = pydantic.TypeAdapter(dict[str, Any]).validate_json(values)
-    except ValueError:
-        raise SettingsError(
-            f'--json: expected an object, such as {{"steps": 100}}, got {values}'
-        ) from None
+    given, typed = _json_object(values), dict[str, str]()
     for item in parameter or []:
-        name, equals, text = item.partition("=")
+        name, equals, typed[name] = item.partition("=")
         if not equals:
             raise SettingsError(f"{item}: expected NAME=VALUE")
-        try:
-            merged[name] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise SettingsError(f"{name}: {text} is not a YAML value") from None
     if plain == (out is not None):
         raise SettingsError("out: expected --out NOTEBOOK, or --plain for none")
     if out is None:
-        _run_plain(experiment, merged)
+        _run_plain(experiment, given, typed)
         return
+    merged = values_by_type(declared_types(find_experiment(experiment)), given, typed)
     echo(f"[{out.parent}] {experiment}: started", err=True)
     run_experiment(experiment, out, merged)
     echo(f"[{out.parent}] {experiment}: done", err=True)
 
 
-def _run_plain(experiment: str, values: dict[str, Any]) -> None:
+def _json_object(text: str) -> dict[str, Any]:
+    """Read an object in which no name stands twice."""
+    try:
+        values = json.loads(text, object_pairs_hook=named_once)
+    except SettingsError as e:
+        raise SettingsError(f"--json: {e}") from None
+    except (RecursionError, ValueError):
+        values = None
+    if not isinstance(values, dict):
+        raise SettingsError(f'--json: expected an object, such as {{"steps": 100}}, got {text}')
+    return values
+
+
+def _run_plain(experiment: str, values: dict[str, Any], typed: dict[str, str]) -> None:
     """Call the function of an experiment, and print what it says."""
     if experiment == "prepare":
-        from mmsr.app.prepare import prepare
+        from mmsr.app.prepare import PrepareSettings, prepare
 
-        echo("\n".join(prepare(values).lines()))
+        echo("\n".join(prepare(read_parameters(PrepareSettings, values, typed)).lines()))
     elif experiment == "train":
         from mmsr.app.train import TrainSettings, launch_training, train
 
-        chosen = TrainSettings.read(values)
+        chosen = read_parameters(TrainSettings, values, typed)
         if chosen.devices == 1:
             echo(train(chosen))
         else:
@@ -256,9 +269,9 @@ def train_from_file(
     file: Annotated[Path, Argument(help="YAML or JSON with the parameters of `train`")],
 ) -> None:
     """Train without a notebook; under torchrun or srun on several devices."""
-    from mmsr.app.train import train
+    from mmsr.app.train import TrainSettings, train
 
-    done = train(read_yaml(file))
+    done = train(read_parameters(TrainSettings, read_yaml(file)))
     if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
         state = "finished" if done.finished else "stopped, run again to go on"
         echo(f"{done.weights}: step {done.step}, {state}")

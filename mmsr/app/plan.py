@@ -16,7 +16,7 @@ import pydantic
 import torch
 
 from .prepare import PrepareSettings
-from .run_notebook import experiments_folder, make_folder, read_yaml
+from .run_notebook import experiments_folder, make_folder, read_parameters, read_yaml
 from .train import Method, TrainSettings, method_settings
 from ..core import MMSRError, Settings, SettingsError
 from ..evaluation.protocols import EvaluateSettings, SuperResolveSettings, find_weights
@@ -37,7 +37,7 @@ class PlanSettings(Settings):
     weights: dict[ModelName, NonEmpty] = {}
     super_resolve: dict[str, Any] = {}
     evaluate: dict[str, Any] = {}
-    retries: int = pydantic.Field(0, strict=True, ge=0)
+    retries: Annotated[int, pydantic.BeforeValidator(str), pydantic.Field(ge=0)] = 0
 
     @pydantic.model_validator(mode="after")
     def _some_models(self) -> Self:
@@ -71,7 +71,7 @@ def _section(
     if taken := [name for name in own if name in values]:
         raise SettingsError(f"{section}.{taken[0]}: is the workflow's own; leave it out")
     try:
-        return kind.read({**own, **values})
+        return read_parameters(kind, {**own, **values})
     except SettingsError as e:
         raise SettingsError(f"{section}: {e}") from None
 
