@@ -8,6 +8,7 @@ __all__ = ['app', 'PATIENCE_S', 'super_resolve', 'info', 'run', 'train_from_file
 # %% ../../nbs/8_app/06_cli.ipynb #6689188e
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Annotated, Any
 from typer import Argument, Option, Typer, echo
 
 from mmsr.app.run_notebook import (
+    SAVED,
     declared_types,
     experiments_folder,
     find_experiment,
@@ -313,11 +315,12 @@ def version() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exit with 2 and one line for any mistake of the caller."""
+    text = ""
     try:
         with noticed_interrupts() as interrupts:
             code = app(arguments, standalone_mode=False, prog_name="mmsr")  # 130 after Ctrl-C
     except MMSRError as e:
-        code = _say(str(e), 2)
+        text, code = str(e), 2
     except Exception as e:
         said = getattr(e, "format_message", None)  # of typer, for wrong names and values
         if said is None and not interrupts:
@@ -325,22 +328,24 @@ def main(arguments: list[str] | None = None) -> None:
         text = said().rstrip(".") if said else ""  # empty where the help has been printed
         context = getattr(e, "ctx", None)
         see = f"See {context.command_path if context else 'mmsr'} --help."
-        code = _say(f"{text}{'' if text.endswith('?') else '.'} {see}", 2) if text else 2
+        text, code = f"{text}{'' if text.endswith('?') else '.'} {see}" if text else "", 2
     if interrupts or code == 130:
-        code = _say("stopped; run the same command again to go on", 130)
+        text = text if SAVED in text else "stopped; run the same command again to go on"
+        code = 128 + (interrupts or [signal.SIGINT])[0]
+    if text:
+        _say(text, code)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _say(text: str, code: int) -> int:
-    """Print one line for people; give the exit code back.
+def _say(text: str, code: int) -> None:
+    """Print one line for people, before the exit with a code.
 
     Under torchrun the first process speaks for all: it ends the others when one has failed.
     """
     process = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
     if process != "0":
-        if code == 130:
-            return code
+        if code > 128:
+            return
         time.sleep(PATIENCE_S)
         text = f"process {process}: {text}"
     print(f"mmsr: {' '.join(text.split())}", file=sys.stderr)
-    return code

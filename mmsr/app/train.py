@@ -15,8 +15,8 @@ from typing import Any, Literal
 import pydantic
 import torch
 
-from .run_notebook import make_folder, read_yaml
-from ..core import MMSRError, SettingsError, write_json
+from .run_notebook import end_processes, make_folder, processes_below, read_yaml
+from ..core import MMSRError, ResourceError, SettingsError, write_json
 from ..data.patches import open_bank
 from ..scans.cases import NonEmpty, read_prepared
 from ..training.distributed import Precision, make_fabric, on_rank_zero
@@ -135,22 +135,29 @@ def launch_training(chosen: TrainSettings) -> None:
     write_json(file, chosen.model_dump(mode="json"))
     torchrun = ("torch.distributed.run", "--standalone", f"--nproc-per-node={chosen.devices}")
     command = [sys.executable, "-m", *torchrun, "-m", "mmsr", "train", str(file)]
-    refusal = ""
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    ) as job:
-        assert job.stdout is not None
+    how: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "errors": "replace"}
+    others = processes_below()
+    with subprocess.Popen(command, text=True, **how) as job:
         try:
-            for line in job.stdout:
-                if line.startswith("mmsr: "):
-                    refusal = refusal or line.removeprefix("mmsr: ").strip()
-                else:
-                    print(line, end="", file=sys.stderr)
-        except BaseException:
-            job.terminate()  # torchrun takes its processes along
+            refusal = _listen(job)
+        except KeyboardInterrupt:
+            end_processes(others)
+            if refusal := _listen(job):  # that it is saved
+                raise ResourceError(refusal) from None
             raise
     if job.returncode:
         raise MMSRError(refusal or f"{chosen.run}: training failed; the reason stands above")
+
+
+def _listen(job: subprocess.Popen[str]) -> str:
+    """Pass on what a command prints, but for its first refusal, which is returned."""
+    refusal = ""
+    for line in job.stdout or ():
+        if line.startswith("mmsr: "):
+            refusal = refusal or line.removeprefix("mmsr: ").strip()
+        else:
+            print(line, end="", file=sys.stderr)
+    return refusal
 
 # %% ../../nbs/8_app/03_train.ipynb #8d635830
 def health_line(run: str | Path, settings: Method) -> str:

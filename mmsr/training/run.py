@@ -152,14 +152,21 @@ class OpenRun:
             bar = progress_bar(steps, label, unit="step", initial=self.step, shown=shown)
             self.bar = stack.enter_context(bar)
             if threading.current_thread() is threading.main_thread():  # none else gets signals
-                # Clusters send SIGTERM before they kill: it is to be an orderly end.
-                before = signal.signal(signal.SIGTERM, lambda *_: self.asked.append("SIGTERM"))
-                stack.callback(signal.signal, signal.SIGTERM, before)
+                # Ctrl-C, the Stop button and clusters, before they kill, are to be an orderly end.
+                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                    if signal.getsignal(number) is not signal.SIG_IGN:
+                        stack.callback(signal.signal, number, signal.signal(number, self._told))
             self._close = stack.pop_all().close
         return self
 
     def __exit__(self, *_: object) -> None:
         self._close()
+
+    def _told(self, number: int, _: object) -> None:
+        """Take note that the run is to end after this step; at the fourth time, end at once."""
+        self.asked.append(signal.Signals(number).name)
+        if len(self.asked) > 3:
+            raise KeyboardInterrupt
 
     def _open_folder(self, stack: ExitStack) -> str:
         """Make or open the folder, keep others out, and name the checkpoint to go on from."""
