@@ -230,7 +230,8 @@ def run_experiment(name: str, output: str | Path, values: Mapping[str, Any]) -> 
             "bank was changed under it; run again to go on, or give it less to do"
         ) from None
     except papermill.PapermillExecutionError as e:
-        importlib.import_module("mmsr.training.run")  # its errors belong to the family, too
+        if not hasattr(mmsr.core, e.ename):
+            importlib.import_module("mmsr.training.run")  # its errors belong to the family, too
         family: list[type[MMSRError]] = [MMSRError, *MMSRError.__subclasses__()]
         for kind in family:
             if kind.__name__ == e.ename:
@@ -310,7 +311,7 @@ def noticed_interrupts() -> Iterator[list[int]]:
 
 # %% ../../nbs/8_app/01_run_notebook.ipynb #d3a668a8
 SAVED = "is saved; run again to go on"  # how a training ends the line that says it was stopped
-PATIENCE_S = 8.0
+PATIENCE_S = 7.0
 
 
 def processes_below() -> set[Any]:
@@ -333,5 +334,6 @@ def end_processes(spared: set[Any], patience_s: float = PATIENCE_S) -> None:
                 with suppress(psutil.NoSuchProcess):
                     process.send_signal(number)
             told |= new
-            if not psutil.wait_procs(told, timeout=0.2)[1]:
+            alive = psutil.wait_procs(told, timeout=0.2)[1]
+            if all(process.status() == psutil.STATUS_ZOMBIE for process in alive):
                 return

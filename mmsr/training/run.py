@@ -197,7 +197,9 @@ class OpenRun:
 # %% ../../nbs/4_training/07_run.ipynb #7d8ec936
 WATCH_S = 20  # between looks of `RunOptions.watch`
 LONG_S = 4 * 3600
-SHORT = "take settings such as {steps: 1200, batch_size: 2}, networks as in workflow/plans/demo.yaml"
+SHORT = (
+    "take settings such as {steps: 1200, batch_size: 2}, networks as in workflow/plans/demo.yaml"
+)
 
 
 class TrainingRun(OpenRun):
