@@ -93,7 +93,10 @@ def as_declared(name: str, value: Any, kind: str, *, typed: bool = False) -> Any
             raise SettingsError(f"{name}: expected a list, got a text; give {value} by -y, as YAML")
         if text and not (typed and value == "null" and "None" in kinds):
             return value
-        value = _from_yaml(name, value)
+        try:
+            value = yaml.load(value, AsWritten)
+        except (RecursionError, yaml.YAMLError):
+            raise SettingsError(f"{name}: {value} is not a YAML value") from None
     return value if "str" in kind.replace("dict[str", "") else _numbers(value, truths)
 
 
@@ -108,13 +111,6 @@ def _numbers(value: Any, truths: bool) -> Any:
         if isinstance(read, int | float) and (truths or not isinstance(read, bool)):
             return read
     return value
-
-
-def _from_yaml(name: str, text: str) -> Any:
-    try:
-        return yaml.load(text, AsWritten)
-    except (RecursionError, yaml.YAMLError):
-        raise SettingsError(f"{name}: {text} is not a YAML value") from None
 
 # %% ../../nbs/8_app/01_run_notebook.ipynb #8eb2749c
 Kind = TypeVar("Kind", bound=Settings)

@@ -224,9 +224,8 @@ class TrainingRun(OpenRun):
             self.step += 1
             self.bar.update()
             now = time.monotonic()
-            if self.step <= first + 2:  # the first steps take longer
-                timed = now
-            elif self.step == first + 5:
+            timed = now if self.step <= first + 2 else timed  # the first steps take longer
+            if self.step == first + 5:
                 self._announce((now - timed) / 3)
             row_due = self._due(settings.history_every)
             save_due = self.step % settings.checkpoint_every == 0 or self.step == last
