@@ -136,7 +136,7 @@ def run_plan(file: Path, out: Path, cores: int) -> None:
     # Jobs print to Snakemake's stdout: that is for people, here as elsewhere on stderr.
     how: Any = {"stdout": 2, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
     others = processes_below()
-    with locked(out, "carries out a plan"), subprocess.Popen(command, **how) as job:
+    with locked(out / ".snakemake", "carries out a plan"), subprocess.Popen(command, **how) as job:
         try:
             said = job.communicate()[1]
         except KeyboardInterrupt:

@@ -154,11 +154,11 @@ def test_anchors_and_merges_still_act(tmp_path: Path) -> None:
 
 
 def test_a_plan_has_one_owner(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with locked(tmp_path / "out"), pytest.raises(SystemExit) as stopped:
+    with locked(tmp_path / "out" / ".snakemake"), pytest.raises(SystemExit) as stopped:
         cli.main(["plan", str(TINY), "--out", str(tmp_path / "out")])
     assert stopped.value.code == 2
     assert "another process carries out a plan here" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["lock"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".snakemake"]
 
 
 def run_all(shell: InteractiveShell, name: str, values: dict[str, Any]) -> None:
