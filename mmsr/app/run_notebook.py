@@ -181,7 +181,7 @@ def end_processes(spared: set[Any], patience_s: float = PATIENCE_S) -> None:
                 if all(process.status() == psutil.STATUS_ZOMBIE for process in alive):
                     return
 
-# %% ../../nbs/8_app/01_run_notebook.ipynb #3a266b07
+# %% ../../nbs/8_app/01_run_notebook.ipynb #f1ndexp0
 def find_experiment(name: str) -> Path:
     """Find the notebook of an experiment, or the one of that path."""
     folder = experiments_folder()
@@ -203,7 +203,7 @@ def declared_types(notebook: Path) -> dict[str, str]:
         if (said := one["inferred_type_name"])
     }
 
-
+# %% ../../nbs/8_app/01_run_notebook.ipynb #3a266b07
 def run_experiment(name: str, output: str | Path, values: Mapping[str, Any]) -> Path:
     """Execute an experiment notebook with papermill.
 
