@@ -194,6 +194,8 @@ def _settings_message(cls: type[Settings], error: pydantic.ValidationError) -> s
         text = f"{name}: {reason[0].lower()}{reason[1:]}"
         if not isinstance(first["input"], Mapping):  # a whole model says nothing
             text += f", got {first['input']!r}"
+        if first["type"] == "string_type":  # 1 may have been 001, or True
+            text += "; a text stands in quotes, or behind -r of papermill"
     others = dict.fromkeys(".".join(map(str, e["loc"])) for e in more)
     also = ", ".join(other for other in others if other not in ("", name))
     return " ".join(text.split()) + (f"; also wrong: {also}" if also else "")

@@ -9,16 +9,26 @@ __all__ = ['app', 'PATIENCE_S', 'super_resolve', 'info', 'run', 'train_from_file
 import json
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import pydantic
-import yaml
 from typer import Argument, Exit, Option, Typer, echo
 
-from .run_notebook import experiments_folder, noticed_interrupts, read_yaml, run_experiment
+from mmsr.app.run_notebook import (
+    SAVED,
+    declared_types,
+    experiments_folder,
+    find_experiment,
+    named_once,
+    noticed_interrupts,
+    read_parameters,
+    read_yaml,
+    run_experiment,
+    values_by_type,
+)
 from ..core import RESEARCH_ONLY, FileError, MMSRError, SettingsError, atomic_write, environment
 
 # %% ../../nbs/8_app/06_cli.ipynb #7d70336a
@@ -203,45 +213,50 @@ def info(
 def run(
     experiment: Annotated[str, Argument(help="prepare, train, super_resolve, evaluate, or a file")],
     out: Annotated[Path | None, Option(help="the executed notebook")] = None,
-    parameter: Annotated[list[str] | None, Option("--parameter", "-p", help="NAME=YAML")] = None,
+    parameter: Annotated[list[str] | None, Option("--parameter", "-p", help="NAME=VALUE")] = None,
     values: Annotated[str, Option("--json", help="parameters as one JSON object")] = "{}",
     plain: Annotated[bool, Option("--plain", help="prepare or train without Jupyter")] = False,
 ) -> None:
     """Run an experiment: its notebook with papermill, or without one."""
-    try:
-        merged = pydantic.TypeAdapter(dict[str, Any]).validate_json(values)
-    except ValueError:
-        raise SettingsError(
-            f'--json: expected an object, such as {{"steps": 100}}, got {values}'
-        ) from None
+    given, typed = _json_object(values), dict[str, str]()
     for item in parameter or []:
-        name, equals, text = item.partition("=")
+        name, equals, typed[name] = item.partition("=")
         if not equals:
             raise SettingsError(f"{item}: expected NAME=VALUE")
-        try:
-            merged[name] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise SettingsError(f"{name}: {text} is not a YAML value") from None
     if plain == (out is not None):
         raise SettingsError("out: expected --out NOTEBOOK, or --plain for none")
     if out is None:
-        _run_plain(experiment, merged)
+        _run_plain(experiment, given, typed)
         return
+    merged = values_by_type(declared_types(find_experiment(experiment)), given, typed)
     echo(f"[{out.parent}] {experiment}: started", err=True)
     run_experiment(experiment, out, merged)
     echo(f"[{out.parent}] {experiment}: done", err=True)
 
 
-def _run_plain(experiment: str, values: dict[str, Any]) -> None:
+def _json_object(text: str) -> dict[str, Any]:
+    """Read an object in which no name stands twice."""
+    try:
+        values = json.loads(text, object_pairs_hook=named_once)
+    except SettingsError as e:
+        raise SettingsError(f"--json: {e}") from None
+    except (RecursionError, ValueError):
+        values = None
+    if not isinstance(values, dict):
+        raise SettingsError(f'--json: expected an object, such as {{"steps": 100}}, got {text}')
+    return values
+
+
+def _run_plain(experiment: str, values: dict[str, Any], typed: dict[str, str]) -> None:
     """Call the function of an experiment, and print what it says."""
     if experiment == "prepare":
-        from mmsr.app.prepare import prepare
+        from mmsr.app.prepare import PrepareSettings, prepare
 
-        echo("\n".join(prepare(values).lines()))
+        echo("\n".join(prepare(read_parameters(PrepareSettings, values, typed)).lines()))
     elif experiment == "train":
         from mmsr.app.train import TrainSettings, launch_training, train
 
-        chosen = TrainSettings.read(values)
+        chosen = read_parameters(TrainSettings, values, typed)
         if chosen.devices == 1:
             echo(train(chosen))
         else:
@@ -255,9 +270,9 @@ def train_from_file(
     file: Annotated[Path, Argument(help="YAML or JSON with the parameters of `train`")],
 ) -> None:
     """Train without a notebook; under torchrun or srun on several devices."""
-    from mmsr.app.train import train
+    from mmsr.app.train import TrainSettings, train
 
-    done = train(read_yaml(file))
+    done = train(read_parameters(TrainSettings, read_yaml(file)))
     if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
         state = "finished" if done.finished else "stopped, run again to go on"
         echo(f"{done.weights}: step {done.step}, {state}")
@@ -299,11 +314,12 @@ def version() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exit with 2 and one line for any mistake of the caller."""
+    text = ""
     try:
         with noticed_interrupts() as interrupts:
             code = app(arguments, standalone_mode=False, prog_name="mmsr")  # 130 after Ctrl-C
     except MMSRError as e:
-        code = _say(str(e), 2)
+        text, code = str(e), 2
     except Exception as e:
         said = getattr(e, "format_message", None)  # of typer, for wrong names and values
         if said is None and not interrupts:
@@ -311,22 +327,24 @@ def main(arguments: list[str] | None = None) -> None:
         text = said().rstrip(".") if said else ""  # empty where the help has been printed
         context = getattr(e, "ctx", None)
         see = f"See {context.command_path if context else 'mmsr'} --help."
-        code = _say(f"{text}{'' if text.endswith('?') else '.'} {see}", 2) if text else 2
+        text, code = f"{text}{'' if text.endswith('?') else '.'} {see}" if text else "", 2
     if interrupts or code == 130:
-        code = _say("stopped; run the same command again to go on", 130)
+        text = text if SAVED in text else "stopped; run the same command again to go on"
+        code = 128 + (interrupts or [signal.SIGINT])[0]
+    if text:
+        _say(text, code)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _say(text: str, code: int) -> int:
-    """Print one line for people; give the exit code back.
+def _say(text: str, code: int) -> None:
+    """Print one line for people, before the exit with a code.
 
     Under torchrun the first process speaks for all: it ends the others when one has failed.
     """
     process = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
     if process != "0":
-        if code == 130:
-            return code
+        if code > 128:
+            return
         time.sleep(PATIENCE_S)
         text = f"process {process}: {text}"
     print(f"mmsr: {' '.join(_in_options(text).split())}", file=sys.stderr)
-    return code

@@ -16,13 +16,21 @@ import pydantic
 import torch
 
 from .prepare import PrepareSettings
-from .run_notebook import experiments_folder, make_folder, read_yaml
+from mmsr.app.run_notebook import (
+    end_processes,
+    experiments_folder,
+    make_folder,
+    processes_below,
+    read_parameters,
+    read_yaml,
+)
 from .train import Method, TrainSettings, method_settings
 from ..core import MMSRError, Settings, SettingsError
 from ..evaluation.protocols import EvaluateSettings, SuperResolveSettings, find_weights
 from ..networks.discriminators import PatchDiscriminator
 from ..scans.cases import NonEmpty
 from ..training.feed import check_sizes
+from ..training.run_folder import locked
 from ..training.sr_cyclegan import SRCycleGANSettings
 
 # %% ../../nbs/8_app/04_plan.ipynb #360fa77b
@@ -37,7 +45,7 @@ class PlanSettings(Settings):
     weights: dict[ModelName, NonEmpty] = {}
     super_resolve: dict[str, Any] = {}
     evaluate: dict[str, Any] = {}
-    retries: int = pydantic.Field(0, strict=True, ge=0)
+    retries: Annotated[int, pydantic.BeforeValidator(str), pydantic.Field(ge=0)] = 0
 
     @pydantic.model_validator(mode="after")
     def _some_models(self) -> Self:
@@ -71,7 +79,7 @@ def _section(
     if taken := [name for name in own if name in values]:
         raise SettingsError(f"{section}.{taken[0]}: is the workflow's own; leave it out")
     try:
-        return kind.read({**own, **values})
+        return read_parameters(kind, {**own, **values})
     except SettingsError as e:
         raise SettingsError(f"{section}: {e}") from None
 
@@ -126,7 +134,14 @@ def run_plan(file: Path, out: Path, cores: int) -> None:
     make_folder(out)
     command = snakemake_command(file, out, cores)
     # Jobs print to Snakemake's stdout: that is for people, here as elsewhere on stderr.
-    done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, errors="replace", check=False)
-    if done.returncode:
-        reason = plan_failure(done.stderr)
+    how: Any = {"stdout": 2, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
+    others = processes_below()
+    with locked(out / ".snakemake", "carries out a plan"), subprocess.Popen(command, **how) as job:
+        try:
+            said = job.communicate()[1]
+        except KeyboardInterrupt:
+            end_processes(others)
+            raise
+    if job.returncode:
+        reason = plan_failure(said)
         raise MMSRError(f"{out}: the plan was not finished: {reason}; run again to go on")

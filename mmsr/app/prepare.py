@@ -275,6 +275,11 @@ def prepare(settings: PrepareSettings | Mapping[str, Any]) -> PreparedData:
     folder = Path(settings.out)
     make_folder(folder)
     patients, specimens = clinical_cases(settings), micro_cases(settings)
+    for case, ratio in [(c, 1) for c in patients] + [(c, settings.scale) for c in specimens]:
+        height, width = case.volume.array.shape[1:]
+        if (fits := min(height, width) // ratio) < settings.patch_size:
+            has = f"{case.name} has slices of {height} x {width} pixels, a patch is {ratio} times that"
+            raise ShapeError(f"patch_size: {has}; take {fits} or less, got {settings.patch_size}")
     names, held = [case.name for case in patients], settings.held_out
     train, test = split_cases(names, held_out=held, seed=settings.seed) if held else (names, names)
     clear_prepared(folder)  # its held-out cases may now be in training

@@ -9,7 +9,7 @@ __all__ = ['SuperResolveSettings', 'EvaluateSettings', 'find_weights', 'find_lun
 # %% ../../nbs/7_evaluation/02_protocols.ipynb #5cdc6bb7
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pydantic
@@ -23,6 +23,7 @@ from ..inference.sr_slices import enlarge_bicubic
 from ..networks.weights import BUNDLED
 from ..scans.cases import Case, NonEmpty, paths_of, prepared_cases
 from ..scans.read import read_volume
+from ..training.distributed import Precision
 
 # %% ../../nbs/7_evaluation/02_protocols.ipynb #ea9021a5
 class SuperResolveSettings(Settings):
@@ -37,7 +38,7 @@ class SuperResolveSettings(Settings):
     exact_means: bool = False
     tile: pydantic.PositiveInt | None = None
     device: str = "auto"
-    precision: Literal["32", "bf16"] = "32"
+    precision: Precision = "32"
     threads: pydantic.NonNegativeInt = 0
 
     @pydantic.model_validator(mode="after")

@@ -13,8 +13,9 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
+import pydantic
 import torch
 from torch import Tensor, nn
 
@@ -41,7 +42,7 @@ def choose_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
-Precision = Literal["32", "bf16"]
+Precision = Annotated[Literal["32", "bf16"], pydantic.BeforeValidator(str)]
 
 
 def _tf32_switch() -> tuple[Any, str, Any]:

@@ -230,15 +230,15 @@ def _check_moments(optimiser: torch.optim.Optimizer, step: int) -> None:
             raise ValueError("moments are not those of their weights")
 
 # %% ../../nbs/4_training/01_run_folder.ipynb #ca65462c
-def locked(folder: str | Path) -> AbstractContextManager[Any]:
-    """Keep other processes out of a run's folder, made when missing, until the context ends."""
+def locked(folder: str | Path, does: str = "trains") -> AbstractContextManager[Any]:
+    """Keep other processes out of a folder, made when missing, until the context ends."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         return FileLock(Path(folder, "lock")).acquire(timeout=0)
     except NotImplementedError:  # some network disks know no locks
         return nullcontext()
     except Timeout as e:
-        raise ResourceError(f"{folder}: another process trains here; wait for it") from e
+        raise ResourceError(f"{folder}: another process {does} here; wait for it") from e
     except OSError as e:
         raise FileError(f"{folder}: the run folder cannot be made ({e.strerror or e})") from e
 

@@ -227,8 +227,9 @@ except MMSRError as e:
 """
 
 
-def test_sigterm_is_an_orderly_end(done: Path, tmp_path: Path) -> None:
-    """As Slurm ends a job: the step is finished, a checkpoint is written, one line is said."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_is_an_orderly_end(done: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """Slurm, Ctrl-C, a closed terminal: the step is finished and saved, one line is said."""
     folder = start_anew(done, tmp_path)
     process = subprocess.Popen(
         [sys.executable, "-c", LONG, str(folder)],
@@ -242,11 +243,11 @@ def test_sigterm_is_an_orderly_end(done: Path, tmp_path: Path) -> None:
             assert time.monotonic() < end
             time.sleep(0.05)
         time.sleep(0.3)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         said, _ = process.communicate(timeout=30)
     finally:
         process.kill()
     assert process.returncode == 2
-    assert "was told to end (SIGTERM) and is saved; run again to go on" in said
+    assert f"was told to end ({number.name}) and is saved; run again to go on" in said
     step = load_checkpoint(list_checkpoints(folder / "run/checkpoints")[0])["step"]
     assert f"step {step}:" in said
