@@ -190,7 +190,7 @@ def sr_slice(
     RangeError
         If the generator gives values that are not finite; names the place.
     """
-    (top, bottom), (left, right) = box or ((0, x.shape[2]), (0, x.shape[3]))
+    (top, bottom), (left, right) = box or ((0, x.shape[-2]), (0, x.shape[-1]))
     size = (bottom - top) * g1.scale, (right - left) * g1.scale
     if out is not None and out.shape != (len(x), 1, *size):
         raise ShapeError(f"out: expected shape {(len(x), 1, *size)}, got {tuple(out.shape)}")
