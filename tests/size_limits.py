@@ -5,11 +5,9 @@ DOCSTRINGS = 2_500
 LONGEST = 400
 MEDIAN = 150
 LONG_PAGES = {
-    "5_scans/02_dicom_file.ipynb": 335,
-    "5_scans/05_volume_headers.ipynb": 253,
+    "5_scans/02_dicom_file.ipynb": 334,
     "5_scans/16_scan_summary.ipynb": 284,
 }
 LONG_CELLS = {
-    "5_scans/15_resumable_output.ipynb: ResumableOutput": 70,
     "5_scans/16_scan_summary.ipynb: ScanInfo": 61,
 }

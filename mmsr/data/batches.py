@@ -97,9 +97,8 @@ class _ResidentBank:
     """The patches of a bank as a tensor, with the grey window of each."""
 
     def __init__(self, bank: PatchBank, device: torch.device) -> None:
-        raw = bank.patches
-        if not raw.dtype.isnative:  # torch knows one order of bytes
-            raw = raw.astype(raw.dtype.newbyteorder("="))
+        native = bank.patches.dtype.newbyteorder("=")  # torch knows one order of bytes
+        raw = bank.patches.astype(native, copy=False)
         if raw.dtype.kind == "f" and not all(np.isfinite(patch).all() for patch in raw):
             name = f"{bank.info.modality} bank"
             raise RangeError(f"{name}: holds values that are not finite; write it again")
@@ -130,8 +129,6 @@ class _ResidentBank:
 
     def turn(self, patches: Tensor, poses: np.ndarray) -> Tensor:
         """Turn and mirror each patch as `BatchIndices` says."""
-        if not poses.any():
-            return patches
         chosen = torch.from_numpy(poses).to(patches.device, non_blocking=True)
         return patches.flatten(1).gather(1, self.poses[chosen]).view_as(patches)
 

@@ -25,13 +25,17 @@ def _filled(mask: ndarray) -> ndarray:
     return np.asarray(fill_voids.fill(mask.T).T)
 
 
-def _labelled(mask: ndarray, neighbours: Literal[4, 6, 8, 26]) -> tuple[ndarray, int]:
-    """Number what hangs together in a mask; return how many there are, too."""
+def _labelled(mask: ndarray, neighbours: Literal[4, 6, 8, 26]) -> tuple[ndarray, ndarray]:
+    """Number what hangs together in a mask; return the size of each part, too, of the rest 0."""
     import cc3d
 
     bits = mask.view(np.uint8)  # which takes less time than bool
     labels, n = cc3d.connected_components(bits, connectivity=neighbours, return_N=True)
-    return labels, n
+    labels = labels.astype(np.min_scalar_type(n), copy=False)
+    planes = labels.reshape(-1, *labels.shape[-2:])  # one by one: counting makes 64-bit numbers
+    size = np.asarray(sum(np.bincount(plane.ravel(), minlength=n + 1) for plane in planes))
+    size[0] = 0
+    return labels, size
 
 
 def _away(mask: ndarray, spacing_mm: Sequence[float]) -> ndarray:
@@ -70,11 +74,6 @@ GAS_HU = -950.0  # below it there is more gas than even emphysema has on average
 LUMEN_MM2 = (50.0, 900.0)  # 8 to 34 mm across: trachea and main bronchi, but no lobe's
 
 
-def _open(plane: ndarray) -> ndarray:
-    """Return the part of a slice's mask that hangs together with the frame."""
-    return ~_filled(~plane)
-
-
 def _airlike(array: ndarray, threshold_hu: float) -> tuple[ndarray, ndarray]:
     """Return what is below the threshold, without air around the body, and what the frame cuts."""
     air = array < threshold_hu
@@ -84,10 +83,10 @@ def _airlike(array: ndarray, threshold_hu: float) -> tuple[ndarray, ndarray]:
     rows, columns = (side // 4 * 4 for side in array.shape[1:])
     sampled = np.s_[2:rows:4, 2:columns:4]
     for values, plane in zip(array, air, strict=True):
-        cut = _open(plane)
-        plane &= ~_open(cut & (values == AIR_HU))  # padding
-        labels, n = _labelled(cut & plane, 4)
-        labels = labels.astype(np.min_scalar_type(n))
+        cut = ~_filled(~plane)  # what hangs together with the frame
+        plane &= _filled(~(cut & (values == AIR_HU)))  # without padding
+        labels, pixels = _labelled(cut & plane, 4)
+        n = len(pixels) - 1
         # the mean along blocks of 4 × 4: the noise of a sharp kernel would hide the difference
         mean = sum(values[k:rows:4, k:columns:4].astype(np.int32) for k in range(4)) / 4
         now = labels[sampled].astype(np.int64)
@@ -109,9 +108,8 @@ def _airlike(array: ndarray, threshold_hu: float) -> tuple[ndarray, ndarray]:
     frame = np.zeros(array.shape, bool)
     for z, labels in enumerate(regions):
         air[z] &= labels == 0
-        if lung[first[z] : first[z + 1]].any():
-            frame[z] = np.take(lung[first[z] :], labels)
-            air[z] |= frame[z]
+        frame[z] = np.take(lung[first[z] :], labels)
+        air[z] |= frame[z]
     return air, frame
 
 # %% ../../nbs/1_data/07_masks.ipynb #3938b6f6
@@ -119,13 +117,11 @@ def _airways(array: ndarray, air: ndarray, spacing_mm: Sequence[float]) -> ndarr
     """Return the lumen of trachea and main bronchi (and, with them, gas in the bowel)."""
     dz, dy, dx = spacing_mm
     found = np.zeros(array.shape, bool)
-    regions, counts = [], []
+    parts: list[tuple[ndarray, ndarray]] = []  # regions of each slice, and their pixels
     for z, plane in enumerate(array):
-        labels, n = _labelled((plane < LUMEN_HU) & air[z], 4)
-        regions.append(labels.astype(np.min_scalar_type(n)))
-        counts.append(np.bincount(labels.ravel()))
-        area = counts[-1] * (dy * dx)
-        area[0] = 0
+        labels, pixels = _labelled((plane < LUMEN_HU) & air[z], 4)
+        parts.append((labels, pixels))
+        area = pixels * (dy * dx)
         for i in np.flatnonzero((area > LUMEN_MM2[0]) & (area < LUMEN_MM2[1])):
             inside = labels == i
             rows, columns = _box(inside)
@@ -138,8 +134,8 @@ def _airways(array: ndarray, air: ndarray, spacing_mm: Sequence[float]) -> ndarr
     if not found.any():
         return found
     box = _box(found)
-    labels, n = _labelled(found[box], 26)
-    length = sum(np.bincount(part.ravel(), minlength=n + 1) > 0 for part in labels)
+    labels, size = _labelled(found[box], 26)
+    length = sum(np.bincount(part.ravel(), minlength=len(size)) > 0 for part in labels)
     tube = np.asarray(length >= min(16 / dz, 0.6 * len(array)))  # a lung's tip does not go on
     tube[0] = False
     for plane, part in zip(found[box], labels, strict=True):
@@ -148,13 +144,12 @@ def _airways(array: ndarray, air: ndarray, spacing_mm: Sequence[float]) -> ndarr
     for step in (1, -1):
         for z in range(len(array))[::step][1:]:
             if (last := found[z - step]).any():
-                pixels = counts[z]
-                shared = np.bincount(regions[z][last], minlength=len(pixels))
+                labels, pixels = parts[z]
+                shared = np.bincount(labels[last], minlength=len(pixels))
                 follows = shared > 0.25 * np.minimum(pixels, last.sum())
                 follows &= pixels * (dy * dx) < LUMEN_MM2[1]
                 follows[0] = False
-                for i in np.flatnonzero(follows):
-                    found[z] |= regions[z] == i
+                found[z] |= follows[labels]
     return found
 
 
@@ -175,10 +170,9 @@ def _lungs_of(piece: ndarray, array: ndarray, spacing_mm: Sequence[float]) -> li
     if core.any() and _coarse(array, spacing_mm)[0][core].mean() < GAS_HU - 15:
         return []  # away from its wall, gas is as dark as air
     for neck_mm in (1.0, 2.0, 3.0, 4.5):
-        labels, _ = _labelled(depth > neck_mm, 6)
-        size = np.bincount(labels.ravel())[1:]
-        order = np.argsort(size)[::-1] + 1
-        if len(size) > 1 and size[order[1] - 1] > 0.2 * coarse.sum():
+        labels, size = _labelled(depth > neck_mm, 6)
+        order = np.argsort(size[1:])[::-1] + 1
+        if len(order) > 1 and size[order[1]] > 0.2 * coarse.sum():
             first = _away(labels != order[0], grid) < _away(labels != order[1], grid)
             first = _fine(first, steps, piece.shape)
             return [piece & first, piece & ~first]
@@ -203,8 +197,8 @@ def _closed(
     for plane in closed:  # large holes of a slice are the dome of the diaphragm: they stay
         holes = _filled(plane) & ~plane
         if holes.any():
-            labels, _ = _labelled(holes, 8)
-            small = np.bincount(labels.ravel()) * spacing_mm[1] * spacing_mm[2] <= hole_mm2
+            labels, size = _labelled(holes, 8)
+            small = size * spacing_mm[1] * spacing_mm[2] <= hole_mm2
             small[0] = False
             plane |= small[labels]
     return closed
@@ -254,13 +248,10 @@ def lung_mask(
         air, cut, array, inner = air[whole], cut[whole], array[whole], mask[whole]  # views
         airways = _widen(_airways(array, air, spacing), spacing, wall_mm)
         air[airways] = False
-        labels, n = _labelled(air, 6)
+        labels, size = _labelled(air, 6)
         del air
-        size = np.asarray(sum(np.bincount(part.ravel(), minlength=n + 1) for part in labels))
-        size[0] = 0
-        share = np.full(n + 1, 0.1)
-        if cut.any():
-            share[labels[cut]] = 0.3  # a mattress is cut by the frame, too
+        share = np.full(len(size), 0.1)
+        share[labels[cut]] = 0.3  # a mattress is cut by the frame, too
         for i in np.flatnonzero(size > share * size.max()):
             piece = labels == i
             around = _box(piece, pad)
@@ -320,9 +311,7 @@ def specimen_mask(
     closed = _away(~np.pad(coarse, ends, "edge"), grid) <= 6 * block_mm
     coarse |= (_away(closed, grid) > 6 * block_mm)[:, 8:-8, 8:-8]
     coarse = np.stack([_filled(plane) for plane in coarse])
-    labels, _ = _labelled(coarse, 6)
-    size = np.bincount(labels.ravel())
-    size[0] = 0
+    labels, size = _labelled(coarse, 6)
     coarse = (size > 0.1 * size.max())[labels] & (size.max() > 0)
     if not coarse.any():
         raise RangeError(

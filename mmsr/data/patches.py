@@ -17,19 +17,8 @@ from typing import IO, Any, Literal, NamedTuple
 import numpy as np
 import pydantic
 
-from mmsr.core import (
-    FileError,
-    MMSRError,
-    RangeError,
-    Settings,
-    SettingsError,
-    ShapeError,
-    disk_errors,
-    fingerprint,
-    read_json,
-    seeded,
-    write_json,
-)
+from .. import core
+from ..core import FileError, MMSRError, RangeError, Settings, SettingsError, ShapeError, seeded
 from .sampling import DRAWS, MIN_SPREAD, MIN_TISSUE, draw_centres, reject_reason
 from .windows import AIR_LEVEL, TISSUE_LEVEL, Window
 
@@ -133,7 +122,7 @@ def open_bank(folder: str | Path, *, verify: bool = False) -> PatchBank:
     if not record.is_file():
         raise FileError(f"{folder}: no patch bank (bank.json is missing); write it with write_bank")
     try:
-        info = BankInfo.read(read_json(record))
+        info = BankInfo.read(core.read_json(record))
         for window in (info.window, *(case.window for case in info.cases)):
             Window.from_dict(window)
     except MMSRError as e:
@@ -143,7 +132,7 @@ def open_bank(folder: str | Path, *, verify: bool = False) -> PatchBank:
     positions = _open_array(corners, (len(numbers), 4), np.dtype(np.int32).str)
     if not np.array_equal(positions[:, 0], numbers):
         raise _damaged(corners, "does not number the cases as bank.json does")
-    if verify and fingerprint(file) != info.fingerprint:
+    if verify and core.fingerprint(file) != info.fingerprint:
         raise _damaged(file, "is not what was written: its fingerprint differs from bank.json")
     return PatchBank(patches, info, np.asarray(positions))
 
@@ -164,22 +153,6 @@ def _open_array(file: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     return array
 
 # %% ../../nbs/1_data/09_patches.ipynb #90c7521c
-def _check_case(case: PatchCase) -> None:
-    """Refuse a case whose mask does not fit, or whose voxels are not all finite."""
-    array, shape = case.volume.array, case.volume.array.shape
-    if len(shape) != 3 or shape != case.mask.shape:
-        raise ShapeError(
-            f"case {case.name}: expected a mask of the volume's shape {shape}, got "
-            f"{case.mask.shape}; make the mask from this volume"
-        )
-    for z, plane in enumerate(array if array.dtype.kind == "f" else ()):
-        if not np.isfinite(plane).all():
-            y, x = np.argwhere(~np.isfinite(plane))[0]
-            raise RangeError(
-                f"case {case.name}: {plane[y, x]} at z {z}, y {y}, x {x}; replace such values by air"
-            )
-
-
 def _fill(
     case: PatchCase, window: Window, settings: BankSettings, file: IO[bytes]
 ) -> tuple[np.ndarray, dict[str, int]]:
@@ -189,8 +162,7 @@ def _fill(
     for block in draw_centres(case.mask, size, seeded(settings.seed, "patches", case.name)):
         for z, y, x in block:
             patch = np.ascontiguousarray(array[z, y : y + size, x : x + size])
-            reason = reject_reason(patch, window, settings.min_spread, settings.min_tissue)
-            if reason:
+            if reason := reject_reason(patch, window, settings.min_spread, settings.min_tissue):
                 rejected[reason] += 1
                 continue
             file.write(patch.data)
@@ -206,12 +178,22 @@ def _fill(
 
 # %% ../../nbs/1_data/09_patches.ipynb #35ee7907
 def _record(case: PatchCase, window: Window) -> dict[str, Any]:
-    """Check a case, and write down what its patches depend on."""
-    _check_case(case)
+    """Write down what a case's patches depend on; refuse a mask that does not fit, or NaN."""
+    array, shape = case.volume.array, case.volume.array.shape
+    if len(shape) != 3 or shape != case.mask.shape:
+        raise ShapeError(
+            f"case {case.name}: expected a mask of the volume's shape {shape}, got "
+            f"{case.mask.shape}; make the mask from this volume"
+        )
+    for z, plane in enumerate(array if array.dtype.kind == "f" else ()):
+        if not np.isfinite(plane).all():
+            y, x = np.argwhere(~np.isfinite(plane))[0]
+            at = f"z {z}, y {y}, x {x}"
+            raise RangeError(f"case {case.name}: {plane[y, x]} at {at}; replace such values by air")
     return {
         "name": case.name,
-        "fingerprint": fingerprint(case.volume.array),
-        "mask_fingerprint": fingerprint(case.mask),
+        "fingerprint": core.fingerprint(case.volume.array),
+        "mask_fingerprint": core.fingerprint(case.mask),
         "spacing_mm": tuple(float(step) for step in case.volume.spacing_mm),
         "window": (case.window or window).to_dict(),
     }
@@ -301,7 +283,7 @@ def write_bank(
                 "or pass overwrite=True"
             )
         return bank
-    with disk_errors(folder):
+    with core.disk_errors(folder):
         _write_files(folder, ordered, settings, records)
     return open_bank(folder)
 
@@ -326,9 +308,9 @@ def _write_files(
             file.flush()
             os.fsync(file.fileno())
         np.save(made / "positions.npy", np.concatenate(positions).astype(np.int32))
-        content = {"fingerprint": fingerprint(made / "patches.npy"), "cases": tuple(records)}
+        content = {"fingerprint": core.fingerprint(made / "patches.npy"), "cases": tuple(records)}
         info = BankInfo.read({**settings.model_dump(), **content})
-        write_json(made / "bank.json", info.model_dump(mode="json"))
+        core.write_json(made / "bank.json", info.model_dump(mode="json"))
         if folder.exists():  # a folder cannot be renamed over one that is not empty
             shutil.rmtree(folder)
         os.replace(made, folder)

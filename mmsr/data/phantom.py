@@ -15,25 +15,9 @@ from numpy.random import Generator
 from scipy import ndimage
 
 from ..core import RangeError, ShapeError, seeded
-from mmsr.data.foam import (
-    FAR_MM,
-    PIXEL_MM,
-    SCALE,
-    coverage,
-    septum_distance,
-    sheet_coverage,
-    smooth_noise,
-)
-from mmsr.data.trees import (
-    Inside,
-    axes_mm,
-    capsules_of,
-    grow_tree,
-    perpendicular,
-    random_curve,
-    tube_distances,
-    unit_vector,
-)
+from . import trees
+from .foam import PIXEL_MM, SCALE, coverage, septum_distance, sheet_coverage, smooth_noise
+from .trees import Inside, axes_mm
 from .volume import AIR_HU, TISSUE_HU
 
 # %% ../../nbs/1_data/04_phantom.ipynb #6b080688
@@ -105,19 +89,18 @@ def _plant_trees(
     reach, small = (1.0 if large else 0.65), min(1.0, width / 60)  # small frames: nearer together
 
     def tree(at: ndarray, d: Any, r: float, airway: bool, flat: float) -> list[ndarray]:
-        return grow_tree(
-            rng, at, d, r, perpendicular(rng, unit_vector(d)) if airway else None, inside, flat
-        )
+        beside = trees.perpendicular(rng, trees.unit_vector(d)) if airway else None
+        return trees.grow_tree(rng, at, d, r, beside, inside, flat)
 
     crosses = middle + reach * width * (-0.17 * out - 0.15 * side) + rng.normal(0, 0.01, 3) * plane
     steep = [0.9 * rng.choice([-1, 1]), 0, 0] + 0.35 * out
-    d = unit_vector(steep + 0.25 * perpendicular(rng, np.array([1.0, 0, 0])))
+    d = trees.unit_vector(steep + 0.25 * trees.perpendicular(rng, np.array([1.0, 0, 0])))
     r = rng.uniform(1.25, 1.7) * (0.5 + 0.5 * small)
-    beside = perpendicular(rng, d)
+    beside = trees.perpendicular(rng, d)
     start = crosses - 3.5 * r * d - (1.9 * r + 0.2) * beside  # so that the airway is at the aim
-    rows = grow_tree(rng, start, d, r, beside, inside)
+    rows = trees.grow_tree(rng, start, d, r, beside, inside)
     runs = middle + reach * width * (-0.05 * out + 0.24 * side) + rng.normal(0, 0.01, 3) * plane
-    d = unit_vector(out + rng.normal(0, 0.5) * side + [rng.normal(0, 0.04), 0, 0])
+    d = trees.unit_vector(out + rng.normal(0, 0.5) * side + [rng.normal(0, 0.04), 0, 0])
     r = rng.uniform(0.8, 1.1) * (0.5 + 0.5 * small)
     rows += tree(runs - 8 * r * d, d, r, False, 0.15)
     for i in range(5 if width > 512 * PIXEL_MM else 2):  # from the hilum
@@ -142,12 +125,12 @@ def _seed_tumour(
     at[0] += rng.uniform(-0.5, 0.5)
     spicules = []
     for _ in range(200):
-        d = unit_vector(rng.standard_normal(3) * [0.7, 1, 1])
+        d = trees.unit_vector(rng.standard_normal(3) * [0.7, 1, 1])
         length, r = size_mm * rng.uniform(0.3, 1.3), rng.uniform(0.09, 0.24)
-        start, d = at + 0.8 * size_mm * d, unit_vector(d * [0.1, 1, 1])
-        points, _ = random_curve(rng, start, d, np.zeros(3), 0.3, length, 0.3)
+        start, d = at + 0.8 * size_mm * d, trees.unit_vector(d * [0.1, 1, 1])
+        points, _ = trees.random_curve(rng, start, d, np.zeros(3), 0.3, length, 0.3)
         s = np.linspace(0, 1, len(points))
-        spicules.append(capsules_of(points, r * (1 - 0.85 * s + 0.6 * np.exp(-6 * s))))
+        spicules.append(trees.capsules_of(points, r * (1 - 0.85 * s + 0.6 * np.exp(-6 * s))))
     return np.array([*at, size_mm]), np.concatenate(spicules)
 
 # %% ../../nbs/1_data/04_phantom.ipynb #cf1c042a
@@ -165,7 +148,7 @@ def hr_slice(scene: Scene, z_mm: float) -> HRSlice:
     """Cut a thin slice out of a scene; the planned structures lie around half of its depth."""
     noise = partial(scene.noise, z_mm)
     slow, fine = noise("slow", 6.0), noise("fine", 0.4)
-    vessel, lumen, outer = tube_distances(scene.tubes, z_mm, scene.size)
+    vessel, lumen, outer = trees.tube_distances(scene.tubes, z_mm, scene.size)
     tumour, near = _tumour_distance(scene, z_mm, fine)
     hu = AIR_HU + np.float32(TISSUE_HU - AIR_HU) * _parenchyma(scene, z_mm, slow, fine, near)
     cleft = np.clip(3 * (noise("cleft", 0.9) + 0.5 * slow - 2.3), 0, 1)  # small bubbles of air
@@ -186,8 +169,8 @@ def _tumour_distance(scene: Scene, z_mm: float, fine: ndarray) -> tuple[ndarray,
     lobes = 1 + 0.09 * noise("lumps", 0.8 * radius) + 0.06 * noise("lobes", 0.3 * radius)
     tumour = np.sqrt((z_mm - cz) ** 2 + (y - cy) ** 2 + (x - cx) ** 2) - radius * lobes
     tumour = (tumour - 0.16 * noise("buds", 1.1) - 0.08 * fine).astype(np.float32)
-    near = np.exp(-np.clip(tumour, 0, FAR_MM) / 1.2)
-    return np.minimum(tumour, tube_distances(scene.spicules, z_mm, scene.size)[0]), near
+    near = np.exp(-np.clip(tumour, 0, trees.FAR_MM) / 1.2)
+    return np.minimum(tumour, trees.tube_distances(scene.spicules, z_mm, scene.size)[0]), near
 
 
 def _parenchyma(scene: Scene, z_mm: float, slow: ndarray, fine: ndarray, near: ndarray) -> ndarray:

@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Literal
 
 import numpy as np
+from numpy import ndarray
 
 from ..core import RangeError, SettingsError, ShapeError, seeded
 from .windows import AIR_LEVEL, TISSUE_LEVEL, Window
@@ -61,7 +62,7 @@ def split_cases(
 DRAWS = 4096  # fixed: the first n places are the same, however many are asked for later
 
 
-def draw_centres(mask: np.ndarray, size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+def draw_centres(mask: ndarray, size: int, rng: np.random.Generator) -> Iterator[ndarray]:
     """Yield blocks of corners without end; draws are independent, so a place can come twice."""
     height, width = mask.shape[1:]
     if size < 1 or size > min(height, width):
@@ -87,12 +88,11 @@ def draw_centres(mask: np.ndarray, size: int, rng: np.random.Generator) -> Itera
         for k in np.unique(z):  # one slice at a time: never a list of the whole mask
             chosen = z == k
             places = np.flatnonzero(inner[k])[rank[chosen] - (last[k] - per_slice[k])]
-            corners[chosen, 0] = k
-            corners[chosen, 1:] = np.stack(np.unravel_index(places, inner.shape[1:]), 1)
+            corners[chosen] = np.stack([z[chosen], *np.unravel_index(places, inner.shape[1:])], 1)
         yield corners
 
 
-def sample_positions(mask: np.ndarray, size: int, n: int, rng: np.random.Generator) -> np.ndarray:
+def sample_positions(mask: ndarray, size: int, n: int, rng: np.random.Generator) -> ndarray:
     """Draw corners z, y, x [n 3] of patches whose centres are uniform over a mask (Sec. 2.2).
 
     With replacement; each patch lies inside its slice, with its centre at y + size // 2 and
@@ -101,11 +101,10 @@ def sample_positions(mask: np.ndarray, size: int, n: int, rng: np.random.Generat
     mask = np.asarray(mask, bool)
     if mask.ndim != 3:
         raise ShapeError(f"mask: expected axes z, y, x, got shape {mask.shape}; add a slice axis")
-    corners = np.empty((0, 3), np.int64)
-    for block in draw_centres(mask, size, rng):
-        corners = np.concatenate([corners, block])
-        if len(corners) >= n:
-            break
+    blocks = draw_centres(mask, size, rng)
+    corners = next(blocks)
+    while len(corners) < n:
+        corners = np.concatenate([corners, next(blocks)])
     return corners[:n]
 
 # %% ../../nbs/1_data/08_sampling.ipynb #e614d9d9
@@ -114,10 +113,7 @@ MIN_TISSUE = 0.03
 
 
 def reject_reason(
-    patch: np.ndarray,
-    window: Window,
-    min_spread: float = MIN_SPREAD,
-    min_tissue: float = MIN_TISSUE,
+    patch: ndarray, window: Window, min_spread: float = MIN_SPREAD, min_tissue: float = MIN_TISSUE
 ) -> Literal["flat", "air"] | None:
     """Say why a patch [h w], in the scan's unit, teaches nothing: it is flat, or mostly air.
 

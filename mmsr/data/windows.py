@@ -89,9 +89,8 @@ class Window(NamedTuple):
         try:
             window = cls(float(values["air"]), float(values["tissue"]), str(values["unit"]))
         except (KeyError, TypeError, ValueError):
-            raise SettingsError(
-                f"window: expected numbers for air and tissue, and a unit, got {dict(values)}"
-            ) from None
+            wanted = "numbers for air and tissue, and a unit"
+            raise SettingsError(f"window: expected {wanted}, got {dict(values)}") from None
         window.gain  # refuses a window that cannot be inverted
         return window
 

@@ -141,7 +141,8 @@ def mirror_pad_to(m: Map, multiple: int) -> Map:
     """Continue a map by the mirror below and to the right, up to multiples of a number."""
 
     def read(box: Box) -> Tensor:
-        have = each_axis(box, m.size, _mirrored)
+        # pixel n + k of the continuation is n - 2 - k
+        have = each_axis(box, m.size, lambda a, b, n: (min(a, 2 * n - 1 - b), min(b, n)))
         beyond = (0, max(box[1][1] - m.size[1], 0), 0, max(box[0][1] - m.size[0], 0))
         x = m.read(have)
         x = F.pad(x, beyond, mode="reflect") if any(beyond) else x
@@ -149,11 +150,6 @@ def mirror_pad_to(m: Map, multiple: int) -> Map:
 
     height, width = (n + -n % multiple for n in m.size)
     return Map((height, width), read)
-
-
-def _mirrored(a: int, b: int, n: int) -> Span:
-    """Give the part of an axis that holds a span of its continuation: pixel n + k is n - 2 - k."""
-    return (min(a, 2 * n - 1 - b), n) if b > n else (a, b)
 
 
 def crop(m: Map, size: tuple[int, int]) -> Map:
@@ -180,9 +176,8 @@ def _noisy(m: Map, tiling: Tiling, stage: AddNoise) -> Map:
     return Map(m.size, read)
 
 # %% ../../nbs/6_inference/01_lazy_layers.ipynb #0051c5b1
-MAX_HELD_BYTES = (
-    1 << 26
-)  # of a slice; a larger map before layers.InstanceNorm is made again, not held
+# of a slice; a larger map before layers.InstanceNorm is made again, not held
+MAX_HELD_BYTES = 1 << 26
 
 
 def walk(m: Map, tiling: Tiling, part: Box | None = None) -> Iterator[tuple[Box, Tensor]]:
@@ -329,7 +324,7 @@ def parts_of(*stages: Stage) -> list[Stage]:
     parts: list[Stage] = []
     for stage in stages:
         kind = type(stage)  # itself: a class derived from it may do something else
-        if kind is nn.Sequential:
+        if kind in (nn.Sequential, layers.DownBlock):
             parts += parts_of(*stage)  # type: ignore[misc]
         elif kind in _KNOWN:
             parts.append(stage)
@@ -353,7 +348,6 @@ _KNOWN: dict[type, Callable[[Any, Map, Tiling], Map]] = {
     layers.ResidualBlock: lambda block, m, tiling: _residual(m, tiling, block),
     layers.UpBlock: lambda b, m, tiling: run([*b, *[nn.PixelShuffle(2)] * b.shuffled], m, tiling),
     layers.UpConvolution: lambda b, m, t: run([b.norm, nn.ReLU()], _transposed(m, b.conv), t),
-    layers.DownBlock: lambda block, m, tiling: run(block, m, tiling),
     layers.FoldedConvolution: lambda layer, m, _: shuffled(_convolved(m, layer), 2),
     layers.Convolution: lambda layer, m, _: _convolved(m, layer),
     layers.LastConvolution: lambda layer, m, _: _convolved(m, layer),

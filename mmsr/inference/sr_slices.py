@@ -9,7 +9,6 @@ __all__ = ['enlarge_bicubic', 'blend_weight', 'SROptions', 'SRSlice', 'ScanSumma
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple, Self
 
@@ -205,8 +204,7 @@ class _SliceModel(NamedTuple):
             x = ((hu - window.air) * window.gain + AIR_LEVEL).clamp_(-1, 1)
             tile = self.options.tile
             assert not isinstance(tile, str)  # "auto" was resolved
-            sr = sr_slice(self.g1, x, tile=tile, precision=self.options.precision)
-            sr = window.from_unit(sr)
+            sr = window.from_unit(sr_slice(self.g1, x, tile=tile, precision=self.options.precision))
             excess = hu - hu.clamp(window.low, window.high)
             if excess.any():
                 sr += _bicubic(excess, scale, keep_means=True)
@@ -221,8 +219,9 @@ class _SliceModel(NamedTuple):
         """Give the standard deviation of the answers to all eight poses, the first being `sr`."""
         mean, square = sr.clone(), torch.zeros_like(sr)
         for pose in range(1, 8):
+            back = pose if pose >= 4 else -pose % 4  # to mirror and turn once more undoes both
             turned = None if weight is None else _pose(weight, pose)
-            other = _unpose(self.run(_pose(hu, pose), turned), pose)
+            other = _pose(self.run(_pose(hu, pose), turned), back)
             off = other - mean
             mean += off / (pose + 1)
             square += off.mul_(other.sub_(mean))
@@ -232,12 +231,6 @@ class _SliceModel(NamedTuple):
 def _pose(image: Tensor, pose: int) -> Tensor:
     """Mirror (from the fourth pose on) and turn."""
     return torch.rot90(image.flip(-1) if pose >= 4 else image, pose % 4, (2, 3))
-
-
-def _unpose(image: Tensor, pose: int) -> Tensor:
-    """Undo `_pose`."""
-    image = torch.rot90(image, -pose % 4, (2, 3))
-    return image.flip(-1) if pose >= 4 else image
 
 # %% ../../nbs/6_inference/04_sr_slices.ipynb #17c0fa21
 def _outside(images: Tensor, low: float, high: float) -> list[int]:
@@ -257,7 +250,7 @@ def _to_host(made: Tensor) -> np.ndarray:
 
 
 def _finish(
-    model: _SliceModel, slices: Sequence[int], hu: Tensor, weight: Tensor | None
+    model: _SliceModel, slices: Sequence[int], hu: Tensor, weight: Tensor | None = None
 ) -> list[SRSlice]:
     """Super-resolve some slices, round them to HU and bring them back from the device."""
     window, low, high = model.window, -32768, 32767
@@ -276,31 +269,18 @@ def _finish(
     return [SRSlice(*row) for row in columns]  # without what fills up a batch
 
 # %% ../../nbs/6_inference/04_sr_slices.ipynb #b16ad2aa
-_Batch = tuple[Sequence[int], np.ndarray, np.ndarray | None]  # slices, HU, weights
-
-
-def _load(
-    volume: Volume, mask: np.ndarray | None, blend_mm: float, slices: Sequence[int]
-) -> _Batch:
-    """Read some slices (b, h, w), and the network's weight in them."""
-    hu = np.stack([np.asarray(volume.array[z], np.float32) for z in slices])
-    if mask is None:
-        return slices, hu, None
-    steps = volume.spacing_mm[1:]
-    return slices, hu, np.stack([blend_weight(mask[z] != 0, steps, blend_mm) for z in slices])
+_Batch = tuple[Sequence[int], list[np.ndarray]]  # slices, and their HU; with a mask, weights too
 
 
 def _run_batch(model: _SliceModel, batch: _Batch) -> list[SRSlice]:
     """Super-resolve what was read; say in one line which slice went wrong, or that memory did."""
-    (slices, *arrays), device, size = batch, model.device, int(model.options.batch)
+    (slices, arrays), device, size = batch, model.device, int(model.options.batch)
     # always as many at once: another number might round otherwise
     full = [*range(len(slices)), *[len(slices) - 1] * (size - len(slices))]
-    gpu = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     try:
-        with torch.inference_mode(), gpu:
-            there = (a for a in arrays if a is not None)
-            hu, *weight = (torch.from_numpy(a[full])[:, None].to(device) for a in there)
-            return _finish(model, slices, hu, weight[0] if weight else None)
+        with torch.inference_mode(), torch.cuda.device(device if device.type == "cuda" else -1):
+            hu, *weight = (torch.from_numpy(a[full])[:, None].to(device) for a in arrays)
+            return _finish(model, slices, hu, *weight)
     except MMSRError as e:
         last = "" if len(slices) == 1 else f" to {slices[-1]}"
         raise type(e)(f"slice {slices[0]}{last}: {e}") from e
@@ -384,14 +364,20 @@ def super_resolve_slices(
         If the generator gives values that are not finite; the slice is named.
     """
     options = checked(volume, g1, card, options, mask)
-    device = torch.device(options.device)
-    if device.type == "cuda" and device.index is None:  # each thread has a current one of its own
-        device = torch.device("cuda", torch.cuda.current_device())
+    # with the number of a GPU: each thread has a current one of its own
+    device = torch.empty(0, device=options.device).device
     g1 = g1.to(device).eval()
     window, size = Window.from_dict(card.clinical_window), int(options.batch)
-    load = partial(_load, volume, mask, options.blend_mm)
     run = partial(_run_batch, _SliceModel(g1, window, options, device))
     batches = [slices[first : first + size] for first in range(0, len(slices), size)]
+
+    def load(batch: Sequence[int]) -> _Batch:  # (b, h, w)
+        arrays = [np.stack([np.asarray(volume.array[z], np.float32) for z in batch])]
+        if mask is not None:
+            how = volume.spacing_mm[1:], options.blend_mm
+            arrays.append(np.stack([blend_weight(mask[z] != 0, *how) for z in batch]))
+        return batch, arrays
+
     if device.type == "cpu":  # which gains nothing from what is ready early
         for batch in batches:
             yield from run(load(batch))

@@ -127,9 +127,8 @@ def _tiling(g1: G1, x: Tensor, tile: int | None, precision: str) -> Tiling:
     if precision not in ("32", "bf16"):
         raise SettingsError(f"precision: expected '32' or 'bf16', got {precision!r}")
     if tile is not None and (isinstance(tile, str) or tile < 1):
-        raise SettingsError(
-            f"tile: expected 1 or more clinical pixels, or None for whole slices, got {tile!r}"
-        )
+        wanted = "1 or more clinical pixels, or None for whole slices"
+        raise SettingsError(f"tile: expected {wanted}, got {tile!r}")
     if tile is not None and (reason := untileable(g1)):
         raise SettingsError(reason)
     tile = UNTILED if tile is None else max(tile, MIN_TILE)

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from ..core import RESEARCH_ONLY, FileError, GeometryError, MMSRError, RangeError
-from .slices import MODALITIES, Block, ReadOptions, refuse_unless_forced
+from .slices import MODALITIES, Block, ReadOptions
 
 # %% ../../nbs/5_scans/02_dicom_file.ipynb #bd5f63fe
 _UIDS = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")
@@ -306,9 +306,8 @@ def check_values(options: ReadOptions, heads: list[DicomSlice]) -> None:
         if tags["RescaleSlope"] == 0:
             raise RangeError(f"{head.name}: RescaleSlope is 0, values are lost; export it again")
     for name, text in doubts.values():
-        refuse_unless_forced(
-            options._replace(name=name), RangeError, f"expected {text}; give the original"
-        )
+        named = options._replace(name=name)
+        named.refuse_unless_forced(RangeError, f"expected {text}; give the original")
     if any(h.tags["PhotometricInterpretation"] == "MONOCHROME1" for h in heads):
         options.notes.append("MONOCHROME1: shown with white for the lowest value, values as stored")
 
@@ -364,7 +363,7 @@ def _stored(cells: np.ndarray, options: ReadOptions, head: DicomSlice) -> np.nda
         padded = lost & (cells == padding)
         if (lost & ~padded).any():
             text = f"expected pixels of {bits} bits, got more; export it again"
-            refuse_unless_forced(options._replace(name=head.name), RangeError, text)
+            options._replace(name=head.name).refuse_unless_forced(RangeError, text)
         inside[padded] = values[padded]
     return inside
 

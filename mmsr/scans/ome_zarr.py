@@ -39,9 +39,7 @@ def is_zarr(path: Path) -> bool:
 
 def _page(path: Path) -> dict[str, Any]:
     """Read the attributes of a Zarr group, of version 2 or 3."""
-    file = path / "zarr.json"
-    if not file.is_file():
-        file = path / ".zattrs"
+    file = path / ("zarr.json" if (path / "zarr.json").is_file() else ".zattrs")
     if not file.is_file() or file.stat().st_size > _PAGE_MAX:  # a pipe would wait for ever
         raise ValueError("no page, or too long")
     page = json.loads(file.read_bytes())
@@ -88,9 +86,8 @@ def _placed(header: Header, image: dict[str, Any], units: list[float | None]) ->
     if None in units or "scale" not in [step["type"] for step in steps]:
         return header
     in_mm = np.array(units, float)[::-1]
-    sx, sy, sz = (scale[:-4:-1] * in_mm).tolist()
-    x, y, z = (shift[:-4:-1] * in_mm).tolist()
-    return header._replace(spacing=(sx, sy, sz), origin=(x, y, z))
+    spacing, origin = (tuple((one[:-4:-1] * in_mm).tolist()) for one in (scale, shift))  # x, y, z
+    return header._replace(spacing=spacing, origin=origin)
 
 # %% ../../nbs/5_scans/08_ome_zarr.ipynb #dd317c30
 _TOWARDS = {  # RFC 4; other words, such as base-to-apex, are none of the patient's axes
@@ -107,9 +104,8 @@ def _oriented(header: Header, axes: list[dict[str, Any]]) -> Header:
     """Add the directions of the axes z, y, x if all three name a side of the body."""
     said = [o for axis in reversed(axes) if isinstance(o := axis.get("orientation"), dict)]
     columns = [_TOWARDS.get(str(o.get("value"))) for o in said if o.get("type") == "anatomical"]
-    if len(columns) != 3 or None in columns:
-        return header
-    if not np.linalg.det(turn := np.array(columns, float).T):
+    turn = np.array([column or (0, 0, 0) for column in columns], float).T  # 0: none of these words
+    if turn.shape != (3, 3) or not np.linalg.det(turn):
         return header
     header = header._replace(axes=turn)
     if header.origin is None or np.allclose(turn @ header.origin, header.origin):
@@ -127,10 +123,9 @@ def _own(header: Header, own: dict[str, Any]) -> Header:
     if not same or not np.allclose(said[1], origin @ axes, rtol=0, atol=1e-4):
         text = "contradicts itself: its multiscales and its attribute mmsr give other voxels"
         raise GeometryError(f"{text}; give a copy that was not edited")
-    x, y, z = origin.tolist()
-    notes = notice_in(str(own["notice"]))
+    place, notes = tuple(origin.tolist()), notice_in(str(own["notice"]))
     modality = "micro" if own["modality"] == "micro" else "clinical"
-    return header._replace(axes=axes, origin=(x, y, z), notes=notes, modality=modality)
+    return header._replace(axes=axes, origin=place, notes=notes, modality=modality)
 
 # %% ../../nbs/5_scans/08_ome_zarr.ipynb #676a2213
 _PIECES_MAX = 4_000_000
@@ -164,8 +159,7 @@ def _header(path: Path) -> tuple[Header, Any]:
     dtype = np.dtype(level.dtype.numpy_dtype)
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
         raise FileError("expected one grey number per voxel, got another kind")
-    z, y, x = level.shape[-3:]
-    header = Header((x, y, z), dtype, data)
+    header = Header(level.shape[:-4:-1], dtype, data)  # x, y, z
     if "image-label" in page.get("ome", page):
         header = header._replace(doubts=("holds labels, not grey; give the image they belong to",))
     axes = image["axes"][-3:]

@@ -80,28 +80,28 @@ def _filled(shape: tuple[int, ...]) -> tuple[list[int], list[int]]:
     return chunk, [-(-side // c) * c for side, c in zip(shape, chunk, strict=True)]
 
 
-def _open_level(path: Path, shape: tuple[int, int, int], dtype: np.dtype, sync: bool) -> Any:
-    """Open one level, or create it."""
+def _open_level(to: Target, level: int, shape: tuple[int, int]) -> Any:
+    """Open one level of slices of this shape, or create it."""
     import tensorstore as ts
 
-    chunk, shard = _filled(shape[1:])
+    chunk, shard = _filled(shape)
     little = {"name": "bytes", "configuration": {"endian": "little"}}
-    blosc = {"cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "typesize": dtype.itemsize}
+    blosc = {"cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "typesize": to.dtype.itemsize}
     check = {"name": "crc32c"}  # a bit that falls over on the disk is found by every reader
     packed = [little, {"name": "blosc", "configuration": blosc}, check]
     sharding = {"chunk_shape": [1, *chunk], "codecs": packed, "index_codecs": [little, check]}
     metadata = {
-        "shape": shape,
-        "data_type": dtype.name,
+        "shape": [len(to.volume.array), *shape],
+        "data_type": to.dtype.name,
         "fill_value": 0,
         "dimension_names": ["z", "y", "x"],
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [1, *shard]}},
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
     }
-    store = {"driver": "file", "path": str(path)}
+    store = {"driver": "file", "path": str(to.path / str(level))}
     # a slice of zeros is a slice: its file must exist
     spec = {"driver": "zarr3", "kvstore": store, "store_data_equal_to_fill_value": True}
-    context = ts.Context({"file_io_sync": sync})
+    context = ts.Context({"file_io_sync": to.sync})
     return ts.open(spec | {"metadata": metadata}, create=True, open=True, context=context).result()
 
 # %% ../../nbs/5_scans/11_ome_zarr_writer.ipynb #8181d3dc
@@ -111,11 +111,8 @@ def _open(to: Target) -> Writer:
     group = {"zarr_format": 3, "node_type": "group", "attributes": _attributes(to)}
     page = json.dumps(group, indent=1, allow_nan=False).encode()
     write_piece(to.path / "zarr.json", lambda f: f.write(page), to.sync)
-    depth, *shape = to.volume.array.shape
-    stores = [
-        _open_level(to.path / str(k), (depth, *level), to.dtype, to.sync)
-        for k, level in enumerate(pyramid_shapes(tuple(shape)))
-    ]
+    shapes = pyramid_shapes(to.volume.array.shape[1:])
+    stores = [_open_level(to, k, shape) for k, shape in enumerate(shapes)]
 
     def put(z: int, plane: np.ndarray) -> None:
         levels = zip(stores, pyramid(plane), strict=True)  # kept until they are stored: no copies

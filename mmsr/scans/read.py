@@ -17,16 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmsr.core import (
-    FileError,
-    GeometryError,
-    MMSRError,
-    RangeError,
-    ResourceError,
-    SettingsError,
-    available_memory,
-)
-from ..data.volume import Volume, slice_range
+from ..core import FileError, GeometryError, MMSRError, RangeError, ResourceError, SettingsError
+from ..data.volume import Volume
 from .dicom_series import DICOM
 from .ome_zarr import OME_ZARR
 from .slices import Format, ReadOptions, SliceSource, check_grid, read_options, volume_of
@@ -75,18 +67,16 @@ class Found(NamedTuple):
 
 
 def _sorted_by_format(files: list[Path]) -> tuple[list[Found], list[Path]]:
-    """Sort files by format, each in the order of the numbers in its names; the others are left."""
+    """Part files by format, in the order of the numbers in their names; the others are left."""
     found: dict[str, Found] = {}
     others = []
-    for file in files:
+    for file in sorted(files, key=lambda f: re.sub(r"\d+", lambda m: m[0].zfill(12), str(f))):
         if file.name.startswith(".") or not file.is_file():
             continue
         if file.name != "DICOMDIR" and (kind := format_of(file)):
             found.setdefault(kind.name, Found(kind, [])).files.append(file)
         else:
             others.append(file)
-    for one in found.values():
-        one.files.sort(key=lambda f: re.sub(r"\d+", lambda m: m[0].zfill(12), str(f)))
     return list(found.values()), others
 
 
@@ -236,16 +226,8 @@ def read_volume(
     options = options._replace(slices=slices, force=force, resample=resample)
     with _one_line(options.name):
         found = find_scan(Path(path))
-    heads = [head for file in found.files for head in inspect_file(found.format, file)]
-    stack = open_stack(options, found, heads)
-    first, last = slice_range(slices, stack.shape[0], options.name)
-    itemsize = 2 if modality == "clinical" else stack.dtype.itemsize
-    need, free = (last - first) * stack.shape[1] * stack.shape[2] * itemsize, available_memory()
-    if need > free and not lazy:
-        text = f"takes {need / 1e9:.2f} GB of memory, got {free / 1e9:.2f} GB; read fewer slices"
-        raise ResourceError(f"{options.name}: {text}, or one at a time (lazy=True)")
-    with _one_line(options.name):
-        return volume_of(options, stack, lazy=lazy)
+        heads = [head for file in found.files for head in inspect_file(found.format, file)]
+        return volume_of(options, open_stack(options, found, heads), lazy=lazy)
 
 # %% ../../nbs/5_scans/09_read.ipynb #d5c53598
 def read_mask(path: str | Path, volume: Volume) -> np.ndarray:

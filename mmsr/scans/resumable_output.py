@@ -55,9 +55,8 @@ class Journal:
 
     def add(self, line: str) -> None:
         """Note a slice, in JSON."""
-        with self._writing, disk_errors(self._file.name):
-            with self._file.open("a", encoding="utf8") as f:
-                f.write(line + "\n")
+        with self._writing, disk_errors(self._file.name), self._file.open("ab") as f:
+            f.write(f"{line}\n".encode())
 
     def read(self) -> dict[int, dict[str, Any]]:
         """Return the records of the slices that are stored, of all processes."""
@@ -108,10 +107,9 @@ class ResumableOutput(contextlib.AbstractContextManager["ResumableOutput"]):
         with disk_errors(self.folder.name):
             lock = self._locks.enter_context((self.folder / "lock").open("r+b"))
         if not _take(lock, mine):
-            raise FileError(
-                f"{self.folder.name}: another process is making slices {mine.start} to "
-                f"{mine.stop - 1} of it; let it finish, or give each process a part of its own"
-            )
+            text = f"another process is making slices {mine.start} to {mine.stop - 1} of it"
+            way = "let it finish, or give each process a part of its own"
+            raise FileError(f"{self.folder.name}: {text}; {way}")
         noted = self.journal.read()
         made = [(format_of(o.path), o.target(self.identity)) for o in self.outputs.values()]
         return [z for z in mine if z not in noted or not all(f.has_slice(to, z) for f, to in made)]
@@ -124,26 +122,19 @@ class ResumableOutput(contextlib.AbstractContextManager["ResumableOutput"]):
         if not 0 <= z < self.slices:
             raise RangeError(f"slice: expected 0 to {self.slices - 1}, got {z}")
         if planes.keys() != self.outputs.keys():
-            raise ShapeError(
-                f"slice {z}: expected planes of {', '.join(self.outputs)}, got {', '.join(planes)}"
-            )
+            wanted, got = ", ".join(self.outputs), ", ".join(planes)
+            raise ShapeError(f"slice {z}: expected planes of {wanted}, got {got}")
         line = json.dumps({"z": z, "facts": dict(facts)}, allow_nan=False)
         self._writers = self._writers or _open_all(self)
-        self._wait(QUEUE - 1)
+        if len(self._pending) == QUEUE:
+            self._pending.popleft().result()
         self._pending.append(self._pool.submit(self._store, z, dict(planes), line))
 
     def close(self) -> None:
         """Wait until the slices on their way are stored; let other processes have the rest."""
-        try:
-            self._wait()
-        finally:
-            self._pool.shutdown()
-            self._locks.close()
-
-    def _wait(self, most: int = 0) -> None:
-        """Wait until no more than so many are on their way; raise what went wrong with them."""
-        while len(self._pending) > most:
-            self._pending.popleft().result()
+        with self._locks, self._pool:
+            while self._pending:
+                self._pending.popleft().result()
 
     def finish(self) -> list[dict[str, Any]] | None:
         """Complete the outputs and give them their names, unless slices are still to be made.
@@ -157,14 +148,7 @@ class ResumableOutput(contextlib.AbstractContextManager["ResumableOutput"]):
             if len(done) < self.slices:
                 return None
             facts = [done[z] for z in range(self.slices)]
-        try:
-            lock = (self.folder / "lock").open("r+b")
-        except FileNotFoundError:  # another process was faster
-            return facts
-        with lock:
-            _take(lock, range(self.slices), wait=True)
-            if (self.folder / "job.json").exists():  # else too
-                _commit(self, facts)
+        _commit(self, facts)
         return facts
 
     def _store(self, z: int, planes: dict[str, np.ndarray], line: str) -> None:
@@ -186,17 +170,25 @@ def _open_all(job: ResumableOutput) -> dict[str, Writer]:
 def _commit(job: ResumableOutput, facts: list[dict[str, Any]]) -> None:
     """Join, rename, clean up: in steps that a later call finds done or not done."""
     page = job.folder / "job.json"
-    record = read_json(page)
-    if "facts" not in record:
-        for writer in _open_all(job).values():
-            writer.join()
-        write_json(page, record | {"facts": facts})
-    for output in job.outputs.values():
-        if output.made.exists():
-            with disk_errors(output.path.name):
-                commit(output.made, output.path, output.made.with_name("earlier"))
-    for folder in reversed(job.plan.folders):  # the one with the record last
-        _remove(folder)
+    try:
+        lock = (job.folder / "lock").open("r+b")
+    except FileNotFoundError:  # another process was faster
+        return
+    with lock:
+        _take(lock, range(job.slices), wait=True)
+        if not page.exists():  # here too
+            return
+        record = read_json(page)
+        if "facts" not in record:
+            for writer in _open_all(job).values():
+                writer.join()
+            write_json(page, record | {"facts": facts})
+        for output in job.outputs.values():
+            if output.made.exists():
+                with disk_errors(output.path.name):
+                    commit(output.made, output.path, output.made.with_name("earlier"))
+        for folder in reversed(job.plan.folders):  # the one with the record last
+            _remove(folder)
 
 
 def _remove(folder: Path) -> None:
@@ -305,10 +297,8 @@ def open_resumable_output(
         _check_place(output, overwrite)
     if conflict := _conflict(plan):
         if not overwrite:
-            raise FileError(
-                f"{first}: the job in it cannot go on ({conflict}); finish that one, remove the "
-                "folder, or add --overwrite (overwrite=True)"
-            )
+            way = "finish that one, remove the folder, or add --overwrite (overwrite=True)"
+            raise FileError(f"{first}: the job in it cannot go on ({conflict}); {way}")
         _discard(plan)
     record = _read_record(first)
     if not (overwrite or (record and "facts" in record)):

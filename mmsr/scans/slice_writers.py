@@ -105,9 +105,8 @@ class Format(NamedTuple):
 
     def is_whole(self, to: Target) -> bool:
         """Look whether a finished output has all its slices; edited voxels are not noticed."""
-        if self.whole is not None:
-            return self.whole(to)
-        return all(self.has_slice(to, z) for z in range(len(to.volume.array)))
+        slices = range(len(to.volume.array))
+        return self.whole(to) if self.whole else all(self.has_slice(to, z) for z in slices)
 
 # %% ../../nbs/5_scans/10_slice_writers.ipynb #de9f45be
 def _numbers(values: Any) -> str:
@@ -118,9 +117,7 @@ def _numbers(values: Any) -> str:
 def _mha_header(to: Target) -> bytes:
     """Make the header of a MetaImage file."""
     volume, (depth, height, width) = to.volume, to.volume.array.shape
-    name = ["CHAR", "UCHAR", "SHORT", "USHORT", "INT", "UINT", "FLOAT", "DOUBLE"][
-        TYPES.index(to.dtype.name)
-    ]
+    names = ["CHAR", "UCHAR", "SHORT", "USHORT", "INT", "UINT", "FLOAT", "DOUBLE"]
     lines = f"""ObjectType = Image
 NDims = 3
 BinaryData = True
@@ -132,7 +129,7 @@ CenterOfRotation = 0 0 0
 ElementSpacing = {_numbers(volume.spacing_mm[::-1])}
 {f"ITK_FileNotes = {to.notice}" if to.notice else ""}
 DimSize = {width} {height} {depth}
-ElementType = MET_{name}
+ElementType = MET_{names[TYPES.index(to.dtype.name)]}
 ElementDataFile = LOCAL
 """
     return lines.replace("\n\n", "\n").encode()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRUST', 'OVERRULE', 'IN_PLANE_MM', 'MODALITIES', 'PADDING_BELOW_HU', 'IMPOSSIBLE_HU', 'Block', 'ReadOptions',
-           'refuse_unless_forced', 'check_spacing', 'voxel_size', 'check_grid', 'read_options', 'padding_values',
-           'HuHistogram', 'SliceSource', 'SliceReader', 'SharedFile', 'volume_of', 'Format']
+           'check_spacing', 'voxel_size', 'check_grid', 'read_options', 'padding_values', 'HuHistogram', 'SliceSource',
+           'SliceReader', 'SharedFile', 'volume_of', 'Format']
 
 # %% ../../nbs/5_scans/01_slices.ipynb #d0013162
 import math
@@ -19,10 +19,22 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from ..core import FileError, GeometryError, MMSRError, RangeError, SettingsError
+from mmsr.core import (
+    FileError,
+    GeometryError,
+    MMSRError,
+    RangeError,
+    ResourceError,
+    SettingsError,
+    available_memory,
+)
 from ..data.volume import AIR_HU, DicomSource, Grid, Volume, slice_range
 
 # %% ../../nbs/5_scans/01_slices.ipynb #415d6be4
+TRUST = "taken on trust: "
+OVERRULE = ", or overrule with --force (force=True in Python) if you are sure"
+
+
 class ReadOptions(NamedTuple):
     """What the caller of a reader asked for, and the notes taken on the way."""
 
@@ -35,16 +47,11 @@ class ReadOptions(NamedTuple):
     resample: bool = False  # a sheared or uneven stack is resampled to a regular grid
     series: str | None = None  # which of several: its number in the refusal's list, or its UID
 
-
-TRUST = "taken on trust: "
-OVERRULE = ", or overrule with --force (force=True in Python) if you are sure"
-
-
-def refuse_unless_forced(options: ReadOptions, kind: type[MMSRError], text: str) -> None:
-    """Refuse what a person may overrule; note it when overruled."""
-    if not options.force:
-        raise kind(f"{options.name}: {text}{OVERRULE}")
-    options.notes.append(f"{TRUST}{options.name}: {text}")
+    def refuse_unless_forced(self, kind: type[MMSRError], text: str) -> None:
+        """Refuse what a person may overrule; note it when overruled."""
+        if not self.force:
+            raise kind(f"{self.name}: {text}{OVERRULE}")
+        self.notes.append(f"{TRUST}{self.name}: {text}")
 
 # %% ../../nbs/5_scans/01_slices.ipynb #1191b1ca
 IN_PLANE_MM = {"clinical": (0.02, 5.0), "micro": (0.001, 0.5)}
@@ -61,9 +68,8 @@ def check_spacing(options: ReadOptions, spacing_mm: Sequence[float]) -> None:
     if min(spacing_mm) < low or max(spacing_mm[1:]) > high or spacing_mm[0] > 20:
         slip = "mm taken for µm" if min(spacing_mm) < low else "µm taken for mm"
         wanted = f"{options.modality} voxels of {low:g} to {high:g} mm, slices up to 20 mm apart"
-        refuse_unless_forced(
-            options, GeometryError, f"expected {wanted}, got {shown}: {slip}? check the unit"
-        )
+        text = f"expected {wanted}, got {shown}: {slip}? check the unit"
+        options.refuse_unless_forced(GeometryError, text)
 
 
 def voxel_size(
@@ -86,7 +92,7 @@ def check_grid(options: ReadOptions, grid: Grid) -> Grid:
     """Check voxels; those of the caller stand in for the file's, with force when they disagree."""
     if options.voxel and not np.allclose(options.voxel, grid.spacing_mm, rtol=1e-3):
         text = f"expected the file's own voxels {grid.spacing_mm} mm (z, y, x), got {options.voxel}"
-        refuse_unless_forced(options, GeometryError, f"{text}; leave voxel_mm and voxel_um out")
+        options.refuse_unless_forced(GeometryError, f"{text}; leave voxel_mm and voxel_um out")
         grid = grid._replace(spacing_mm=options.voxel)
     check_spacing(options, grid.spacing_mm)
     return grid
@@ -100,7 +106,7 @@ def read_options(
     series: int | str | None = None,
 ) -> ReadOptions:
     """Check which scan is meant, and as what; the arguments are those of `read_volume`."""
-    if modality not in IN_PLANE_MM:
+    if modality not in MODALITIES:
         raise SettingsError(f"modality: expected 'clinical' or 'micro', got {modality!r}")
     name, chosen = os.path.basename(os.path.abspath(path)), None if series is None else str(series)
     return ReadOptions(name, [], modality, voxel_size(voxel_mm, voxel_um), series=chosen)
@@ -112,13 +118,11 @@ IMPOSSIBLE_HU = -2000
 
 def padding_values(counts: np.ndarray) -> np.ndarray:
     """Find padding by the histogram of a scan: the counts of −32768 … 32767 HU, shape (65536,)."""
-    top, reach = 32768 + PADDING_BELOW_HU, 16
-    around = np.lib.stride_tricks.sliding_window_view(
-        np.pad(counts[: top + reach], (reach, 0)), 2 * reach + 1
-    ).copy()
-    around[:, reach] = 0
-    low = counts[:top]
-    spike = (low >= 0.001 * counts.sum()) & (low > 10 * around.max(1))
+    from scipy.ndimage import maximum_filter
+
+    low, near = counts[: 32768 + PADDING_BELOW_HU], np.arange(-16, 17) != 0  # not itself
+    around = maximum_filter(counts, footprint=near, mode="constant")[: len(low)]
+    spike = (low >= 0.001 * counts.sum()) & (low > 10 * around)
     values = np.arange(-32768, PADDING_BELOW_HU)
     return values[spike | ((values < IMPOSSIBLE_HU) & (low > 0))]
 
@@ -129,15 +133,13 @@ class HuHistogram:
     def __init__(self, options: ReadOptions) -> None:
         self.options = options
         self.counts = np.zeros(65536, np.int64)  # in the order of uint16
-        self.lost = self.over = 0
-        self.rounded = self.eight_bit = False
+        self.lost, self.over, self.rounded = 0, 0, False
 
     def hu_slice(self, block: np.ndarray, padding: tuple[float, float] | None) -> np.ndarray:
         """Round a slice (y, x) to int16 HU and count its values; −32768 where not finite or declared padding."""
-        if block.dtype.itemsize == 1 and not self.eight_bit:
-            self.eight_bit = True
+        if block.dtype.itemsize == 1 and not self.counts.any():  # said once, of the first slice
             text = "expected HU, got 8-bit grey, which cannot hold them; give the original"
-            refuse_unless_forced(self.options, RangeError, text)
+            self.options.refuse_unless_forced(RangeError, text)
         whole = block
         if block.dtype.kind == "f":
             bad = ~np.isfinite(block)
@@ -170,15 +172,14 @@ class HuHistogram:
         air = int(counts[: 32768 - 500].sum()) - padding
         low, high = (np.flatnonzero(counts)[[0, -1]] - 32768).tolist()
         if self.lost:
-            refuse_unless_forced(
-                options, RangeError, f"{self.lost} voxels are not finite; replace them"
-            )
+            text = f"{self.lost} voxels are not finite; replace them"
+            options.refuse_unless_forced(RangeError, text)
         if self.over:
             text = f"{self.over} voxels lie above 32767, which HU never do; check the unit"
-            refuse_unless_forced(options, RangeError, text)
+            options.refuse_unless_forced(RangeError, text)
         if air < 0.001 * (counts.sum() - padding):
             text = f"values {low} to {high} do not look like HU: hardly any air (below −500 HU)"
-            refuse_unless_forced(options, RangeError, f"{text}; give the scan in HU")
+            options.refuse_unless_forced(RangeError, f"{text}; give the scan in HU")
         if self.rounded:
             options.notes.append("values rounded to whole HU")
         table = np.arange(65536, dtype=np.uint16).view(np.int16)
@@ -223,16 +224,15 @@ class SliceReader:
 
     def __getitem__(self, which: int | slice) -> np.ndarray:
         """Read one slice, or a run of them."""
-        if isinstance(which, slice):
-            first, last, step = which.indices(len(self))
-            if step != 1:
-                raise RangeError(f"slices: expected neighbours, got every {step}th")
-            out = np.empty((max(last - first, 0), *self.shape[1:]), self.dtype)
-            for target, one in zip(out, self.read(first, first + len(out)), strict=True):
-                target[:] = one
-            return out
-        place = range(len(self))[which]  # refuses what is not there, allows −1
-        return next(iter(self.read(place, place + 1)))
+        places = range(len(self))[which]  # refuses what is not there, allows −1
+        if isinstance(places, int):
+            return next(iter(self.read(places, places + 1)))
+        if places.step != 1:
+            raise RangeError(f"slices: expected neighbours, got every {places.step}th")
+        out = np.empty((len(places), *self.shape[1:]), self.dtype)
+        for target, one in zip(out, self.read(places.start, places.stop), strict=True):
+            target[:] = one
+        return out
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Read all slices."""
@@ -260,6 +260,10 @@ def volume_of(options: ReadOptions, stack: SliceSource, *, lazy: bool = False) -
     first, last = slice_range(options.slices, stack.shape[0], options.name)
     shape, clinical = (last - first, *stack.shape[1:]), options.modality == "clinical"
     dtype, table, total = np.dtype(np.int16) if clinical else stack.dtype, np.empty(0), 0
+    need, free = math.prod(shape) * dtype.itemsize, available_memory()
+    if need > free and not lazy:
+        text = f"takes {need / 1e9:.2f} GB of memory, got {free / 1e9:.2f} GB; read fewer slices"
+        raise ResourceError(f"{options.name}: {text}, or one at a time (lazy=True)")
     whole = np.empty((0, 0, 0) if lazy else shape, dtype)
     if clinical:
         histogram = HuHistogram(options)

@@ -17,14 +17,7 @@ import numpy as np
 
 from ..core import FileError, GeometryError, ShapeError
 from ..data.volume import Grid
-from mmsr.scans.slices import (
-    Block,
-    Format,
-    ReadOptions,
-    SharedFile,
-    SliceSource,
-    refuse_unless_forced,
-)
+from .slices import Block, Format, ReadOptions, SharedFile, SliceSource
 
 # %% ../../nbs/5_scans/07_tiff_stack.ipynb #1861b07e
 Said = tuple[tuple[float, float, float], str]  # a voxel size in mm (z, y, x), and who says so
@@ -72,10 +65,8 @@ def _tiff_cut(tif: Any) -> bool:
         if page is None or len(page.dataoffsets) != math.prod(page.keyframe.chunked):
             return True  # a page in another file, or strips that are not there
         ends = zip(page.dataoffsets, page.databytecounts, strict=True)
-        if any(n <= 0 or offset + n > end for offset, n in ends):
-            return True
-        held = sum(page.databytecounts)
-        if page.nbytes > held * (1 if page.keyframe.compression == 1 else 100_000):
+        most = sum(page.databytecounts) * (1 if page.keyframe.compression == 1 else 100_000)
+        if page.nbytes > most or any(n <= 0 or offset + n > end for offset, n in ends):
             return True
     return False
 
@@ -91,13 +82,11 @@ def _tiff_voxel(tif: Any) -> Said | None:
     """Return the voxel size that ImageJ or OME wrote into a TIFF file."""
     import tifffile
 
-    name = tif.filehandle.name
     if tif.is_ome:
         image = tifffile.xml2dict(tif.ome_metadata)["OME"]["Image"]
         pixels = (image[0] if isinstance(image, list) else image)["Pixels"]
-        sizes = [pixels.get(f"PhysicalSize{a}") for a in "ZYX"]
+        sizes, who = [pixels.get(f"PhysicalSize{a}") for a in "ZYX"], "OME"
         units = [LENGTHS_MM.get(pixels.get(f"PhysicalSize{a}Unit", "µm")) for a in "ZYX"]
-        who = "OME"
     elif tif.is_imagej and "XResolution" in (tags := tif.pages.first.tags):
         inverse = [tags[f"{a}Resolution"].value for a in "YX"]
         held = tif.imagej_metadata or {}
@@ -108,7 +97,7 @@ def _tiff_voxel(tif: Any) -> Said | None:
     if None in sizes or None in units:
         return None
     z, y, x = (abs(float(size)) * float(unit or 0) for size, unit in zip(sizes, units, strict=True))
-    return ((z, y, x), f"{who} in {name}") if min(z, y, x) > 0 else None
+    return ((z, y, x), f"{who} in {tif.filehandle.name}") if min(z, y, x) > 0 else None
 
 
 def read_tiff(path: Path) -> list[TiffFile]:
@@ -198,7 +187,7 @@ def _tiff_grid(options: ReadOptions, files: list[TiffFile]) -> Grid:
         if options.voxel is None:
             way = "give voxel_mm=… or voxel_um=… and --force (force=True)"
             raise GeometryError(f"{options.name}: {text}; {way}")
-        refuse_unless_forced(options, GeometryError, f"{text}; take away what is wrong")
+        options.refuse_unless_forced(GeometryError, f"{text}; take away what is wrong")
     options.notes.append(f"voxel size (z, y, x) {shown[0]}")
     return Grid(said[0][0])
 
@@ -217,7 +206,7 @@ def _check_stack(options: ReadOptions, files: list[TiffFile]) -> None:
         k = int(np.argmax(steps != np.median(steps)))
         text = f"expected an even numbering, got {paths[k].name} just before it"
         named = options._replace(name=paths[k + 1].name)
-        refuse_unless_forced(named, GeometryError, f"{text}; add the missing slices")
+        named.refuse_unless_forced(GeometryError, f"{text}; add the missing slices")
     if any(file.lossy for file in files):
         options.notes.append("packed with a method that may lose detail (such as JPEG)")
     if what := files[0].named:
@@ -226,20 +215,16 @@ def _check_stack(options: ReadOptions, files: list[TiffFile]) -> None:
         options.notes.append("stored with white as 0: turned round, so that dense is bright")
 
 # %% ../../nbs/5_scans/07_tiff_stack.ipynb #7769948b
-def _tiff_slices(tif: Any, first: int, last: int) -> Iterator[np.ndarray]:
-    """Read pages of an open TIFF file, one at a time."""
+def _tiff_page(tif: Any, z: int) -> np.ndarray:
+    """Read one page (y, x) of an open TIFF file."""
     series = tif.series[0]
-    height, width = series.shape[-2:]
-    step = height * width * series.dtype.itemsize
-    for z in range(first, last):
-        if series.dataoffset is None:
-            yield series.pages[z].asarray(maxworkers=1).reshape(height, width)
-        else:  # plain pixels one after the other; ImageJ lists only the first page
-            with tif.filehandle.lock:
-                tif.filehandle.seek(series.dataoffset + z * step)
-                raw = tif.filehandle.read(step)
-            stored = np.frombuffer(raw, series.dtype.newbyteorder(tif.byteorder))
-            yield stored.reshape(height, width).astype(series.dtype)
+    shape, dtype = series.shape[-2:], series.dtype.newbyteorder(tif.byteorder)
+    if series.dataoffset is None:
+        return series.pages[z].asarray(maxworkers=1).reshape(shape)
+    # plain pixels one after the other; ImageJ lists only the first page
+    place = series.dataoffset + z * math.prod(shape) * dtype.itemsize
+    with tif.filehandle.lock:
+        return tif.filehandle.read_array(dtype, math.prod(shape), place).reshape(shape)
 
 
 def open_tiff(options: ReadOptions, files: list[TiffFile]) -> SliceSource:
@@ -250,18 +235,16 @@ def open_tiff(options: ReadOptions, files: list[TiffFile]) -> SliceSource:
     # its pages need not be found again
     held = SharedFile(_tiff_file(one.path)) if len(files) == 1 else None
 
-    def pages(first: int, last: int) -> Iterator[np.ndarray]:
+    def page(z: int) -> np.ndarray:
         if held is not None:
-            yield from _tiff_slices(held.file, first, last)
-        else:
-            for file in files[first:last]:
-                with _tiff_file(file.path) as tif:
-                    yield from _tiff_slices(tif, 0, 1)
+            return _tiff_page(held.file, z)
+        with _tiff_file(files[z].path) as tif:
+            return _tiff_page(tif, 0)
 
     def blocks(first: int, last: int) -> Iterator[Block]:
         try:
-            for page in pages(first, last):
-                yield (np.iinfo(page.dtype).max - page if one.inverted else page), None
+            for grey in map(page, range(first, last)):
+                yield (np.iinfo(grey.dtype).max - grey if one.inverted else grey), None
         except Exception as e:  # see read_tiff
             text = "its pixels cannot be unpacked; copy it again or save it uncompressed"
             raise FileError(f"{options.name}: {text}") from e

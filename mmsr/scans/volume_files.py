@@ -16,14 +16,7 @@ import numpy as np
 from ..core import FileError, GeometryError, RangeError, ResourceError
 from ..data.volume import Grid
 from .regular_grid import resample_to_regular_grid
-from mmsr.scans.slices import (
-    Block,
-    Format,
-    ReadOptions,
-    SharedFile,
-    SliceSource,
-    refuse_unless_forced,
-)
+from .slices import Block, Format, ReadOptions, SharedFile, SliceSource
 from .volume_headers import HEADERS, Header, read_header, unpack
 
 # %% ../../nbs/5_scans/06_volume_files.ipynb #520c2b38
@@ -35,7 +28,7 @@ def _check_length(options: ReadOptions, header: Header, found: int) -> None:
         raise FileError(f"{name}: cut short, {got}; copy the file again")
     if found > header.due:
         text = f"longer than its header says, {got} or more; convert it anew"
-        refuse_unless_forced(options._replace(name=name), FileError, text)
+        options._replace(name=name).refuse_unless_forced(FileError, text)
 
 
 def _open_data(options: ReadOptions, header: Header) -> tuple[SharedFile, int]:
@@ -70,7 +63,7 @@ def _file_grid(options: ReadOptions, header: Header) -> Grid:
         text = f"its header does not say the voxel size in mm{which}; give voxel_mm=… or voxel_um=…"
         raise GeometryError(f"{options.name}: {text}")
     for text in header.doubts:
-        refuse_unless_forced(options, FileError, text)
+        options.refuse_unless_forced(FileError, text)
     axes = np.eye(3) if header.axes is None else header.axes
     off = np.abs(axes.T @ axes - np.eye(3))
     if not off.max() < 1e-4:
@@ -83,7 +76,7 @@ def _file_grid(options: ReadOptions, header: Header) -> Grid:
         options.notes.append("the header does not say how the scan is oriented: along its own axes")
     elif header.axes is None:
         text = "its header does not say how the scan is oriented; convert it anew"
-        refuse_unless_forced(options, GeometryError, text)
+        options.refuse_unless_forced(GeometryError, text)
     direction = tuple((axes.ravel() + 0.0).tolist())
     if header.spacing is None:
         options.notes.append("the header does not say its unit: voxel size as given, origin 0")
@@ -103,7 +96,7 @@ def stack_of(
     grid = _file_grid(options, header)
     if header.modality == "micro" and options.modality == "clinical":
         text = "expected clinical CT in HU, got what says it is µCT; read it as micro"
-        refuse_unless_forced(options, RangeError, text)
+        options.refuse_unless_forced(RangeError, text)
     options.notes.extend(header.notes)
     read, (width, height, count) = opened(), header.size[:3]
 

@@ -11,7 +11,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -78,8 +78,7 @@ def unpack(path: Path, start: int = 0) -> Iterator[bytes]:
             while packed := stream.unconsumed_tail or f.read(1 << 16):
                 yield stream.decompress(packed, 1 << 20)
                 if stream.eof:
-                    rest = stream.unused_data
-                    f.seek(-len(rest), 1)
+                    f.seek(-len(stream.unused_data), 1)
                     if f.read(2) != b"\x1f\x8b":  # a stream may have several members
                         return
                     f.seek(-2, 1)
@@ -89,19 +88,15 @@ def unpack(path: Path, start: int = 0) -> Iterator[bytes]:
     raise FileError("cut short, its packed data break off; copy the file again")
 
 # %% ../../nbs/5_scans/05_volume_headers.ipynb #2d8a157f
-_CONTRADICTS = "contradicts itself: {}; mend its header"
-
-
 def _nifti_fields(path: Path, raw: bytes) -> Any:
     """Unpack the fields of a NIfTI header of either version and byte order, by nibabel."""
     import nibabel
 
     kinds = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}
-    sizes = {order: int.from_bytes(raw[:4], order) for order in ("little", "big")}
-    order = next((o for o, size in sizes.items() if size in kinds and len(raw) >= size), "")
-    if not order:
+    order: Literal["big", "little"] = "big" if raw[:1] == b"\0" else "little"  # of its size
+    size, single = int.from_bytes(raw[:4], order), path.suffix.lower() != ".hdr"
+    if size not in kinds or len(raw) < size:
         raise FileError("expected a NIfTI header, got something else; convert it")
-    size, single = sizes[order], path.suffix.lower() != ".hdr"
     head = kinds[size](raw[:size], order, check=False)  # checked here, nothing is mended
     magic, offset = head["magic"].item()[:3], float(head["vox_offset"])
     if magic not in (b"n+1", b"n+2", b"ni1", b"ni2"):
@@ -137,48 +132,44 @@ def read_nifti(path: Path) -> Header:
     notes = notice_in(raw[:offset].decode("latin-1"))
     if not units:
         notes += ("the header does not name the unit of its voxel size: taken as mm",)
-    doubts: tuple[str, ...] = ()
+    doubts = []
     slope, intercept = scale = float(head["scl_slope"]), float(head["scl_inter"])
     if not slope or not np.isfinite(slope):  # both mean: as stored
         if intercept and np.isfinite(intercept):
-            said = f"a slope of {slope:g} with an intercept of {intercept:g}: taken as stored"
-            doubts = (_CONTRADICTS.format(said),)
+            doubts = [f"a slope of {slope:g} with an intercept of {intercept:g}: taken as stored"]
         scale = (1.0, 0.0)
     size, pixdim = head["dim"][1 : head["dim"][0] + 1].tolist(), tuple(head["pixdim"][1:4].tolist())
     header = Header(tuple(size), dtype, data, packed=packed, skip=offset, scale=scale, notes=notes)
-    header = header._replace(doubts=doubts)
-    if units in (0, 2):
-        header = header._replace(spacing=pixdim)
-    else:
-        header = header._replace(unit={1: "m", 3: "µm"}.get(units, f"unit {units} of NIfTI"))
-    if head["sform_code"] <= 0 and head["qform_code"] <= 0:
-        return header
-    head["pixdim"][0] = -1 if head["pixdim"][0] < 0 else 1  # 0 stands for 1
-    affine = head.get_sform() if head["sform_code"] > 0 else head.get_qform()
-    rows = affine[:3] * [[-1], [-1], [1]]  # RAS to LPS
-    norms = np.linalg.norm(rows[:, :3], axis=0)
-    if head["sform_code"] > 0 and not np.allclose(norms, pixdim, rtol=1e-3):
-        said = f"voxels of {np.round(norms, 5).tolist()} mm in its sform, {pixdim} in its pixdim"
-        doubts += (_CONTRADICTS.format(said),)
-        header = header._replace(doubts=doubts, spacing=tuple(map(float, norms)))
-    return header._replace(axes=rows[:, :3] / norms, origin=tuple(map(float, rows[:, 3])))
+    unit = {0: "", 1: "m", 2: "", 3: "µm"}.get(units, f"unit {units} of NIfTI")
+    header = header._replace(unit=unit, spacing=None if unit else pixdim)
+    if head["sform_code"] > 0 or head["qform_code"] > 0:
+        head["pixdim"][0] = -1 if head["pixdim"][0] < 0 else 1  # 0 stands for 1
+        affine = head.get_sform() if head["sform_code"] > 0 else head.get_qform()
+        rows = affine[:3] * [[-1], [-1], [1]]  # RAS to LPS
+        norms = np.linalg.norm(rows[:, :3], axis=0)
+        if head["sform_code"] > 0 and not np.allclose(norms, pixdim, rtol=1e-3):
+            voxels = f"voxels of {np.round(norms, 5).tolist()} mm in its sform"
+            doubts.append(f"{voxels}, {pixdim} in its pixdim")
+            header = header._replace(spacing=tuple(map(float, norms)))
+        header = header._replace(axes=rows[:, :3] / norms, origin=tuple(map(float, rows[:, 3])))
+    said = (f"contradicts itself: {doubt}; mend its header" for doubt in doubts)
+    return header._replace(doubts=tuple(said))
 
 # %% ../../nbs/5_scans/05_volume_headers.ipynb #10c48dee
-def _text_header(path: Path, separator: str) -> tuple[dict[str, str], int, tuple[str, ...]]:
-    """Read the fields of an NRRD or MetaImage file, where they end, and the notice if they hold it."""
+def _text_header(path: Path, separator: str) -> tuple[dict[str, str], str]:
+    """Read the fields of an NRRD or MetaImage file, and its text up to where they end."""
     fields: dict[str, str] = {}
     with path.open("rb") as f:
         for _ in range(1000):
             line = f.readline(65536).decode("latin-1").strip()
             key, found, value = (part.strip() for part in line.partition(separator))
-            stated = found and not line.startswith("#")
-            if stated and fields.setdefault(key.lower(), value) != value:
+            if found and line[0] != "#" and fields.setdefault(key.lower(), value) != value:
                 raise FileError(f"its header says {key[:40]!r} twice; mend it")
             if not line or key == "ElementDataFile":
                 break
         end = f.tell()
         f.seek(0)
-        return fields, end, notice_in(f.read(end).decode("latin-1"))
+        return fields, f.read(end).decode("latin-1")
 
 
 def _words(text: str) -> dict[str, str]:
@@ -202,8 +193,7 @@ def _with_data(header: Header, beside: str | None, skip: int) -> Header:
 def _known(what: str, value: str, known: dict[str, Any]) -> Any:
     """Look up a word of a header, or refuse it."""
     if value not in known:
-        shown = value[:40] or "nothing"
-        raise FileError(f"expected a known {what}, got {shown!r}; convert it")
+        raise FileError(f"expected a known {what}, got {value[:40] or 'nothing'!r}; convert it")
     return known[value]
 
 # %% ../../nbs/5_scans/05_volume_headers.ipynb #92b1f735
@@ -242,10 +232,9 @@ def _nrrd_place(header: Header, fields: dict[str, str]) -> Header:
 
 def read_nrrd(path: Path) -> Header:
     """Read the header of an NRRD file."""
-    fields, end, notes = _text_header(path, ":")
-    with path.open("rb") as f:
-        if f.read(4) != b"NRRD":
-            raise FileError("expected an NRRD header, got something else; convert it")
+    fields, text = _text_header(path, ":")
+    if not text.startswith("NRRD"):
+        raise FileError("expected an NRRD header, got something else; convert it")
     word = re.sub(r"_t$|^signed (?!char)|(?<=short|.long) int$", "", fields["type"].lower())
     kind: str = _known("type", word, _NRRD_TYPES)
     packings = {"raw": False, "gzip": True, "gz": True}
@@ -261,7 +250,7 @@ def read_nrrd(path: Path) -> Header:
     lines = int(fields.get("line skip", fields.get("lineskip", "0")))
     if lines or skip < -1 or (skip < 0 and packed):
         raise FileError("skips lines or bytes of its data in a way not known here; convert it")
-    header = Header(size, np.dtype(kind), path, end, packed, notes=notes)
+    header = Header(size, np.dtype(kind), path, len(text), packed, notes=notice_in(text))
     header = _with_data(header, other, skip)
     kinds = fields.get("kinds", "").lower().split()
     if set(kinds) - {"domain", "space", "none", "???"}:
@@ -278,7 +267,7 @@ _META_TYPES = _words(
 
 def read_metaimage(path: Path) -> Header:
     """Read the header of a MetaImage file."""
-    fields, end, notes = _text_header(path, "=")
+    fields, text = _text_header(path, "=")
     yes = {"true": True, "1": True, "false": False, "0": False}
     kind: str = _known("element type", fields["elementtype"].upper(), _META_TYPES)
     msb = fields.get("binarydatabyteordermsb", fields.get("elementbyteordermsb", "false"))
@@ -288,11 +277,10 @@ def read_metaimage(path: Path) -> Header:
     if int(fields.get("elementnumberofchannels", "1")) != 1:
         raise FileError("expected one value per voxel, got colour or vectors; convert it to grey")
     packed = _known("packing", fields.get("compresseddata", "false").lower(), yes)
-    size = tuple(map(int, fields["dimsize"].split()))
-    rank = len(size)
-    if int(fields["ndims"]) != rank:
+    size, rank = tuple(map(int, fields["dimsize"].split())), int(fields["ndims"])
+    if rank != len(size):
         raise ValueError("ndims")
-    header = Header(size, np.dtype(order + kind), path, end, packed, notes=notes)
+    header = Header(size, np.dtype(order + kind), path, len(text), packed, notes=notice_in(text))
     other = fields.get("elementdatafile", "")
     beside = None if other.upper() == "LOCAL" else other
     header = _with_data(header, beside, int(fields.get("headersize", "0")))

@@ -36,8 +36,7 @@ def format_of(path: str | Path) -> Format:
     name = path.name.lower()
     found = next((known for known in FORMATS if name.endswith(known.ending)), None)
     if found is None or name == found.ending:
-        endings = ", ".join(known.ending for known in FORMATS)
-        raise FileError(f"{path}: expected an ending of {endings}")
+        raise FileError(f"{path}: expected an ending of {', '.join(f.ending for f in FORMATS)}")
     if not path.parent.is_dir():
         raise FileError(f"{path}: its folder does not exist; create {path.parent} first")
     return found
@@ -65,17 +64,14 @@ def check_writable(path: str | Path, volume: Volume) -> np.dtype:
     if len(shape) != 3 or not math.prod(shape):
         raise ShapeError(f"{name}: expected voxels (z, y, x), got shape {shape}")
     if max(shape) > wanted.limit:
-        raise ShapeError(
-            f"{name}: {wanted.ending} holds up to {wanted.limit} voxels along an axis, got "
-            f"{max(shape)}; write .ome.zarr"
-        )
+        text = f"{wanted.ending} holds up to {wanted.limit} voxels along an axis, got {max(shape)}"
+        raise ShapeError(f"{name}: {text}; write .ome.zarr")
     turn, sizes = np.reshape(volume.direction, (3, 3)), np.concatenate(volume.grid)
     askew = np.abs(turn.T @ turn - np.eye(3)).max() > 1e-4
     if askew or not (np.isfinite(sizes).all() and min(volume.spacing_mm) > 0):
-        raise GeometryError(
-            f"{name}: expected positive voxel sizes, a finite origin and axes at right angles, got "
-            f"{', '.join(map(str, volume.grid))}; resample the scan first"
-        )
+        text = "expected positive voxel sizes, a finite origin and axes at right angles"
+        got = ", ".join(map(str, volume.grid))
+        raise GeometryError(f"{name}: {text}, got {got}; resample the scan first")
     if dtype.kind == "b":
         dtype = np.dtype(np.uint8)
     if len(wanted.types) == 1 and np.can_cast(dtype, wanted.types[0]):
@@ -102,10 +98,9 @@ def open_writer(
 
     def put(z: int, plane: np.ndarray) -> None:
         if plane.shape != volume.array.shape[1:] or plane.dtype != volume.array.dtype:
-            raise ShapeError(
-                f"{path.name}: expected slices of {volume.array.shape[1:]} {volume.array.dtype}, got "
-                f"{plane.shape} {plane.dtype}"
-            )
+            wanted = f"{volume.array.shape[1:]} {volume.array.dtype}"
+            text = f"expected slices of {wanted}, got {plane.shape} {plane.dtype}"
+            raise ShapeError(f"{path.name}: {text}")
         with disk_errors(path.name):
             inner.put(z, np.ascontiguousarray(plane, dtype))
 
@@ -168,8 +163,7 @@ def write_volume(path: str | Path, volume: Volume) -> None:
             writer.put(z, plane)
 
         with ThreadPoolExecutor(THREADS) as pool:
-            for _ in pool.map(put, range(len(volume.array))):  # the first error stops the rest
-                pass
+            list(pool.map(put, range(len(volume.array))))  # the first error stops the rest
         writer.join()
         with disk_errors(path.name):
             commit(folder / path.name, path, folder / "earlier")

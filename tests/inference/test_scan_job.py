@@ -20,7 +20,7 @@ from peak import PEAK_BYTES
 from mmsr.core import FileError, MMSRError, ResourceError, SettingsError, seeded
 from mmsr.data.volume import Volume, block_mean
 from mmsr.data.windows import CLINICAL_WINDOW
-from mmsr.inference.scan_job import ScanTargets, plan_scan, super_resolve_scan
+from mmsr.inference.scan_job import ScanTargets, plan_scan, run_scan
 from mmsr.inference.sr_slices import SROptions
 from mmsr.inference.super_resolve import super_resolve
 from mmsr.networks.generators import G1Settings, SRGenerator
@@ -46,14 +46,15 @@ import torch
 torch.set_num_threads(1)
 from mmsr.networks.weights import load_generator
 from mmsr.scans.read import read_volume
-from mmsr.inference.scan_job import ScanTargets, super_resolve_scan
+from mmsr.inference.scan_job import ScanTargets, plan_scan, run_scan
 from mmsr.inference.super_resolve import SROptions
 scan, weights, out, part = sys.argv[1:5]
 slices = tuple(map(int, sys.argv[5].split(":"))) if len(sys.argv) > 5 else None
 g1, record = load_generator(weights)
 volume = read_volume(scan, slices=slices, lazy=True)
 i, n = map(int, part.split("/"))
-done = super_resolve_scan(volume, ScanTargets(Path(out)), g1, record, part=(i, n), progress=False)
+job = plan_scan(volume, ScanTargets(Path(out)), g1, record)
+done = run_scan(job, part=(i, n), progress=False)
 print(json.dumps({"peak": peak_bytes(), "summary": done}))
 """
 )
@@ -183,7 +184,7 @@ def test_every_format_holds_the_same_voxels(
     volume = read_volume(scan, slices=(4, 7), lazy=True)
     whole = super_resolve(volume, g1, record, progress=False).volume
     out = tmp_path / f"sr{ending}"
-    super_resolve_scan(volume, ScanTargets(out), g1, record, progress=False)
+    run_scan(plan_scan(volume, ScanTargets(out), g1, record), progress=False)
     assert np.array_equal(voxels(out), whole.array)
     assert [p.name for p in tmp_path.iterdir()] == [out.name]
 
@@ -227,7 +228,7 @@ def test_parts_at_once_make_one_volume(
     assert not out.exists()
     g1, record = load_generator(weights)
     volume = read_volume(scan, lazy=True)
-    summary = super_resolve_scan(volume, ScanTargets(out), g1, record, progress=False)
+    summary = run_scan(plan_scan(volume, ScanTargets(out), g1, record), progress=False)
     assert summary is not None
     assert summary.slices == 12
     whole = super_resolve(volume, g1, record, progress=False).volume
@@ -249,7 +250,7 @@ import torch
 torch.set_num_threads(1)
 from mmsr.networks.weights import load_generator
 from mmsr.scans.read import read_volume
-from mmsr.inference.scan_job import ScanTargets, super_resolve_scan
+from mmsr.inference.scan_job import ScanTargets, plan_scan, run_scan
 from mmsr.data.volume import Volume
 from mmsr.scans.slices import SliceReader
 from mmsr.scans.write import write_volume
@@ -262,7 +263,7 @@ for count in map(int, sys.argv[4:]):
     tiled = SliceReader((count, side, side), few.dtype, read)
     write_volume(scan, Volume(tiled, (1.0, 0.6, 0.6)))
     volume = read_volume(scan, lazy=True)
-    super_resolve_scan(volume, ScanTargets(out), g1, record, progress=False)
+    run_scan(plan_scan(volume, ScanTargets(out), g1, record), progress=False)
     assert out.exists()
     print(count, peak_bytes(), flush=True)
 """
@@ -360,15 +361,12 @@ def test_what_cannot_end_is_not_begun(
     volume, targets = read_volume(scan, lazy=True), ScanTargets(tmp_path / "sr.mha")
     monkeypatch.setattr("mmsr.inference.scan_job.free_space", lambda path: 1_000_000)
     assert "MB free" in refused(ResourceError, lambda: plan_scan(volume, targets, g1, record))
-    refused(ResourceError, lambda: super_resolve_scan(volume, targets, g1, record))
     monkeypatch.undo()
     monkeypatch.setattr("mmsr.inference.super_resolve.available_memory", lambda: 1_000_000)
-    assert "memory" in refused(
-        ResourceError, lambda: super_resolve_scan(volume, targets, g1, record)
-    )
+    assert "memory" in refused(ResourceError, lambda: plan_scan(volume, targets, g1, record))
     monkeypatch.undo()
     wrong = SROptions(uncertainty=True)
-    refused(SettingsError, lambda: super_resolve_scan(volume, targets, g1, record, wrong))
+    refused(SettingsError, lambda: plan_scan(volume, targets, g1, record, wrong))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -382,7 +380,7 @@ def test_work_that_somebody_has_tidied_up_is_done_again(
     volume = read_volume(scan, slices=(4, 8), lazy=True)
     targets = ScanTargets(tmp_path / f"sr{ending}")
     whole = super_resolve(volume, g1, record, progress=False).volume
-    super_resolve_scan(volume, targets, g1, record, part=(1, 2), progress=False)
+    run_scan(plan_scan(volume, targets, g1, record), part=(1, 2), progress=False)
     work = unfinished(targets.sr)
     pieces = [p for p in work.rglob("*") if p.is_file() and p.stat().st_size > 5000]
     assert pieces
@@ -390,7 +388,7 @@ def test_work_that_somebody_has_tidied_up_is_done_again(
         pieces[0].unlink()
     else:
         pieces[0].write_bytes(b"")
-    super_resolve_scan(volume, targets, g1, record, progress=False)
+    run_scan(plan_scan(volume, targets, g1, record), progress=False)
     assert np.array_equal(voxels(targets.sr), whole.array)
 
 
@@ -403,9 +401,8 @@ def test_slices_of_zeros_are_slices(weights: Path, tmp_path: Path) -> None:
     targets = ScanTargets(tmp_path / "sr.mha", uncertainty=tmp_path / "u.ome.zarr")
     options = SROptions(uncertainty=True)
     for part in ((1, 2), (1, 1)):
-        super_resolve_scan(
-            volume, targets, g1, record, options, mask=mask, part=part, progress=False
-        )
+        job = plan_scan(volume, targets, g1, record, options, mask=mask)
+        run_scan(job, part=part, progress=False)
     spread = voxels(tmp_path / "u.ome.zarr")
     assert spread[[0, 2]].max() == 0
     assert spread[1].max() > 0
@@ -418,9 +415,9 @@ def test_room_is_counted_once(
     g1, record = load_generator(weights)
     volume = read_volume(scan, lazy=True)
     targets = ScanTargets(tmp_path / "sr.mha", tmp_path / "apart.mha")
-    super_resolve_scan(volume, targets, g1, record, part=(1, 2), progress=False)
+    run_scan(plan_scan(volume, targets, g1, record), part=(1, 2), progress=False)
     monkeypatch.setattr("mmsr.inference.scan_job.free_space", lambda path: 3_000_000)
-    super_resolve_scan(volume, targets, g1, record, progress=False)
+    run_scan(plan_scan(volume, targets, g1, record), progress=False)
     assert targets.sr.exists()
     fresh = ScanTargets(tmp_path / "again.mha", tmp_path / "again-apart.mha")
     refused(ResourceError, lambda: plan_scan(volume, fresh, g1, record))
@@ -440,18 +437,18 @@ def test_a_plan_says_what_it_takes(scan: Path, weights: Path, tmp_path: Path) ->
 def test_another_job_is_not_mixed_in(scan: Path, weights: Path, tmp_path: Path) -> None:
     g1, record = load_generator(weights)
     volume, targets = read_volume(scan, lazy=True), ScanTargets(tmp_path / "sr.mha")
-    super_resolve_scan(volume, targets, g1, record, part=(1, 2), progress=False)
+    run_scan(plan_scan(volume, targets, g1, record), part=(1, 2), progress=False)
     with torch.no_grad():
         g1.last.bias.add_(0.1)
-    said = refused(FileError, lambda: super_resolve_scan(volume, targets, g1, record))
+    said = refused(FileError, lambda: run_scan(plan_scan(volume, targets, g1, record)))
     assert "weights" in said
     other = read_volume(scan, slices=(0, 11), lazy=True)
     g1, record = load_generator(weights)
-    refused(FileError, lambda: super_resolve_scan(other, targets, g1, record))
-    super_resolve_scan(volume, targets, g1, record, progress=False)
-    assert super_resolve_scan(volume, targets, g1, record, progress=False) is None  # is finished
+    refused(FileError, lambda: run_scan(plan_scan(other, targets, g1, record)))
+    run_scan(plan_scan(volume, targets, g1, record), progress=False)
+    assert run_scan(plan_scan(volume, targets, g1, record), progress=False) is None  # is finished
     exact = SROptions(exact_means=True)
-    said = refused(FileError, lambda: super_resolve_scan(volume, targets, g1, record, exact))
+    said = refused(FileError, lambda: run_scan(plan_scan(volume, targets, g1, record, exact)))
     assert "exists" in said
 
 
