@@ -54,6 +54,7 @@ class ScanJob(NamedTuple):
 
     volume: Volume
     mask: np.ndarray | None
+    lung: np.ndarray | None  # where InstanceNorm takes its statistics (R20)
     g1: G1
     card: ModelCard
     options: SROptions  # with numbers where "auto" stood
@@ -79,7 +80,12 @@ class ScanJob(NamedTuple):
 
 # %% ../../nbs/6_inference/06_scan_job.ipynb #4eca7cfb
 def _job_key(
-    volume: Volume, g1: G1, card: ModelCard, options: SROptions, mask: np.ndarray | None
+    volume: Volume,
+    g1: G1,
+    card: ModelCard,
+    options: SROptions,
+    mask: np.ndarray | None,
+    lung: np.ndarray | None,
 ) -> dict[str, object]:
     """Collect what decides the result: two calls that agree in it may share their slices."""
     known = getattr(volume.array, "fingerprint", "")  # a lazy scan has been read once already
@@ -91,6 +97,7 @@ def _job_key(
         "window": card.clinical_window,
         "mask": None if mask is None else fingerprint(np.asarray(mask)),
         "blend_mm": options.blend_mm if mask is not None else None,
+        "statistics": None if lung is None else fingerprint(np.asarray(lung)),
         "exact_means": options.exact_means,
         # two devices, batches or versions may round a tie otherwise
         "arithmetic": [torch.device(options.device).type, options.precision],
@@ -137,6 +144,7 @@ def plan_scan(
     options: SROptions | None = None,
     *,
     mask: np.ndarray | None = None,
+    lung: np.ndarray | None = None,
     overwrite: bool = False,
 ) -> ScanJob:
     """Check a job once, and work out once all that it needs; refuse what could not end.
@@ -153,6 +161,8 @@ def plan_scan(
         How; the defaults without it.
     mask : ndarray of bool, shape of the volume, optional
         Outside it the bicubic-enlarged input stands.
+    lung : ndarray of bool, shape of the volume, optional
+        Where InstanceNorm takes its statistics (R20); else the mask, else what `lung_mask` finds.
     overwrite : bool
         Replace targets that exist, and unfinished work of another job.
 
@@ -168,18 +178,18 @@ def plan_scan(
     SettingsError, ShapeError, RangeError
         If scan, mask, options and generator do not go together.
     """
-    options, shape = checked(volume, g1, card, options, mask), volume.array.shape
+    options, lung = checked(volume, g1, card, options, mask, lung)
     if options.uncertainty != (targets.uncertainty is not None):
         raise SettingsError("uncertainty: expected the option and a file for it, got one of them")
     made, paths = sr_outputs(volume, g1.settings.scale), targets._asdict()
     outputs = {name: Output(path, made[name]) for name, path in paths.items() if path is not None}
-    output = plan_outputs(outputs, _job_key(volume, g1, card, options, mask))
+    output = plan_outputs(outputs, _job_key(volume, g1, card, options, mask, lung))
     finished, memory, disk = not overwrite and is_finished(output), 0, 0
     if not finished:
-        memory = check_memory(g1, shape, options, kept=QUEUE + 1 + int(options.batch))
-        memory += 0 if mask is None else mask.nbytes
+        memory = check_memory(g1, volume.array.shape, options, kept=QUEUE + 1 + int(options.batch))
+        memory += sum(one.nbytes for one in (mask, lung) if one is not None)
         disk = _check_disk(output)
-    return ScanJob(volume, mask, g1, card, options, output, overwrite, finished, memory, disk)
+    return ScanJob(volume, mask, lung, g1, card, options, output, overwrite, finished, memory, disk)
 
 
 def time_one_slice(job: ScanJob) -> float:
@@ -190,7 +200,7 @@ def time_one_slice(job: ScanJob) -> float:
         piece, batch = (min(shape[0], 96), min(shape[1], 96)), 1
     warm = batch * BATCHES_IN_FLIGHT  # each thread warms up
     lung = Volume(np.full((2 * warm, *piece), -800, np.int16), (1.0, 1.0, 1.0))
-    how = job.options.model_copy(update={"batch": batch})
+    how = job.options.model_copy(update={"batch": batch, "statistics": "slice"})
     slices = super_resolve_slices(lung, range(2 * warm), job.g1, job.card, how)
     ready = [time.perf_counter() for _ in slices]
     took = (ready[-1] - ready[warm - 1]) / warm
@@ -239,7 +249,9 @@ def run_scan(
         middle = missing[len(missing) // 2 : len(missing) // 2 + 1]
         wanted = [*middle, *(z for z in missing if z not in middle)]
         done = output.slices - len(missing) if part == (1, 1) else 0
-        slices = super_resolve_slices(job.volume, wanted, job.g1, job.card, job.options, job.mask)
+        slices = super_resolve_slices(
+            job.volume, wanted, job.g1, job.card, job.options, job.mask, job.lung
+        )
         total, what = len(missing) + done, "super-resolving"
         with progress_bar(total, what, unit="slice", initial=done, shown=progress) as bar:
             for one in slices:

@@ -89,6 +89,7 @@ def super_resolve(
     options: SROptions | None = None,
     *,
     mask: np.ndarray | None = None,
+    lung: np.ndarray | None = None,
     progress: bool = True,
     consistency: bool = True,
 ) -> SRResult:
@@ -104,6 +105,8 @@ def super_resolve(
         How; the defaults without it.
     mask : ndarray of bool, shape of the volume, optional
         Outside it the bicubic-enlarged input stands.
+    lung : ndarray of bool, shape of the volume, optional
+        Where InstanceNorm takes its statistics (R20); else the mask, else what `lung_mask` finds.
     progress : bool
         Show a progress bar over the slices.
     consistency : bool
@@ -120,7 +123,8 @@ def super_resolve(
     ResourceError
         If memory would not suffice.
     """
-    options, count = checked(volume, g1, card, options, mask), len(volume.array)
+    options, lung = checked(volume, g1, card, options, mask, lung)
+    count = len(volume.array)
     check_memory(g1, volume.array.shape, options)
     made = {
         name: one._replace(array=np.empty(one.array.shape, one.array.dtype))
@@ -128,7 +132,7 @@ def super_resolve(
         if {"consistency": consistency, "uncertainty": options.uncertainty}.get(name, True)
     }
     facts = []
-    slices = super_resolve_slices(volume, range(count), g1, card, options, mask)
+    slices = super_resolve_slices(volume, range(count), g1, card, options, mask, lung)
     with progress_bar(count, "super-resolving", unit="slice", shown=progress) as bar:
         for one in slices:
             for name, whole in made.items():
