@@ -61,10 +61,7 @@ def _check_method(settings: Method, prepare: PrepareSettings, devices: int) -> N
         )
     with torch.device("meta"):  # their sizes are asked for, not their weights
         d_x, d_y = PatchDiscriminator(settings.d_x), PatchDiscriminator(settings.d_y)
-    window, large = (settings.mmsr.ssim_window or (1,))[0], scale * side
-    small = large if settings.enlarged_input else side
-    sizes = {"d_x": (small, d_x.min_size), "d_y": (large, d_y.min_size)}
-    check_sizes({**sizes, "mmsr.ssim_window": (side, window)})
+    check_sizes(settings, {"d_x": d_x, "d_y": d_y}, side, scale * side)
 
 # %% ../../nbs/8_app/04_plan.ipynb #dfbe6d79
 def _section(

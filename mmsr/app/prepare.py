@@ -118,9 +118,13 @@ class PrepareSettings(Settings):
 # %% ../../nbs/8_app/02_prepare.ipynb #55109663
 def clinical_cases(settings: PrepareSettings) -> list[Case]:
     """Make or read the clinical cases, with their lung masks (R10)."""
+    given = settings.clinical_window
+    window = Window(*given, "HU") if given else CLINICAL_WINDOW
     if settings.clinical == "phantom":
-        return _phantoms(_phantom_patient, settings)
-    return [_patient(settings, i, path) for i, path in enumerate(paths_of(settings.clinical))]
+        cases = _phantoms(_phantom_patient, settings)
+    else:
+        cases = [_patient(settings, i, path) for i, path in enumerate(paths_of(settings.clinical))]
+    return [case._replace(scale=settings.scale, window=window) for case in cases]
 
 
 def _phantoms(make: Callable[..., Case], settings: PrepareSettings) -> list[Case]:
@@ -134,8 +138,8 @@ def _phantom_patient(settings: PrepareSettings, i: int) -> Case:
     seed = int(seeded(settings.seed, "patient", i).integers(2**31))
     made = clinical_case(seed, n_slices=settings.slices, size=settings.size)
     truth, regions = _known(made, settings.scale)
-    case = _as_patient(settings, i, made.clinical, lung_mask(made.clinical), made.places)
-    return case._replace(source="phantom", truth=truth, regions=regions)
+    mask = lung_mask(made.clinical)
+    return Case(f"patient-{i}", made.clinical, mask, "phantom", truth, regions, made.places)
 
 
 def _known(made: PhantomCase, scale: int) -> tuple[Volume | None, dict[str, np.ndarray]]:
@@ -163,17 +167,7 @@ def _patient(settings: PrepareSettings, i: int, path: Path) -> Case:
     chosen = seeded(settings.seed, "sites", i).choice(sites, 3, replace=sites.size < 3)
     at = np.add(np.transpose(np.unravel_index(chosen, inner.shape)), (0, margin, margin))
     places = {f"lung, site {n}": tuple(place) for n, place in enumerate(at.tolist(), 1)}
-    return _as_patient(settings, i, volume, mask, places)
-
-
-def _as_patient(
-    settings: PrepareSettings, i: int, volume: Volume, mask: np.ndarray, places: Mapping[str, Any]
-) -> Case:
-    """Give a clinical scan its name, its scale and its grey scale."""
-    given = settings.clinical_window
-    window = Window(*given, "HU") if given else CLINICAL_WINDOW
-    name, source, scale = f"patient-{i}", "patient data", settings.scale
-    return Case(name, volume, mask, source, places=places, scale=scale, window=window)
+    return Case(f"patient-{i}", volume, mask, "patient data", places=places)
 
 # %% ../../nbs/8_app/02_prepare.ipynb #8abc5eba
 def micro_cases(settings: PrepareSettings) -> list[Case]:
@@ -273,8 +267,7 @@ def prepare(settings: PrepareSettings | Mapping[str, Any]) -> PreparedData:
     MMSRError
         If a scan cannot be read, shows no lung or no specimen, or the folder cannot be written.
     """
-    if not isinstance(settings, PrepareSettings):
-        settings = PrepareSettings.read(settings)
+    settings = PrepareSettings.read(dict(settings))
     folder = Path(settings.out)
     make_folder(folder)
     patients, specimens = clinical_cases(settings), micro_cases(settings)

@@ -6,7 +6,6 @@
 __all__ = ['UNSTARTED', 'experiments_folder', 'make_folder', 'parameters', 'read_yaml', 'run_experiment', 'noticed_interrupts']
 
 # %% ../../nbs/8_app/01_run_notebook.ipynb #36aee0ab
-import contextlib
 import importlib
 import os
 import signal
@@ -146,7 +145,7 @@ def _execute(notebook: Path, running: Path, log: Path, values: Mapping[str, Any]
     raise ResourceError(f"{notebook.stem}: its process died at its start, twice; {log} shows why")
 
 
-@contextlib.contextmanager
+@contextmanager
 def _stderr_into(log: Path) -> Iterator[TextIO]:
     """Send what the kernel's process itself writes to a file; give the terminal to the cells."""
     sys.stderr.flush()

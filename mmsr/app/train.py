@@ -114,8 +114,7 @@ def train(settings: TrainSettings | Mapping[str, Any], *, progress: bool = True)
     MMSRError
         If the settings, the patches, the folder or the devices do not allow it.
     """
-    if not isinstance(settings, TrainSettings):
-        settings = TrainSettings.read(settings)
+    settings = TrainSettings.read(dict(settings))
     method, data = method_settings(settings), read_prepared(settings.prepared).data
     folders = [Path(settings.prepared, name) for name in ("clinical", "micro")]
     if settings.threads:
@@ -126,8 +125,7 @@ def train(settings: TrainSettings | Mapping[str, Any], *, progress: bool = True)
     seconds = settings.stop_after_minutes and 60 * settings.stop_after_minutes
     options = RunOptions(settings.resume, settings.on_change, progress, seconds, data=data)
     loop: Any = train_sr_cyclegan if isinstance(method, SRCycleGANSettings) else train_sr_unit
-    done: TrainedRun = loop(method, x_bank, y_bank, settings.run, fabric=fabric, options=options)
-    return done
+    return loop(method, x_bank, y_bank, settings.run, fabric=fabric, options=options)
 
 # %% ../../nbs/8_app/03_train.ipynb #70e4b881
 def launch_training(chosen: TrainSettings) -> None:

@@ -86,10 +86,9 @@ def side_by_side(
         spacing_mm = next(known, 0.0) / max(ratios.values())
     clinical_mm = spacing_mm * max(ratios.values())
     if not 0 < clinical_mm <= LARGEST_PIXEL_MM:  # a wrong grid would mean a wrong scale bar
-        raise RangeError(
-            f"spacing_mm: {spacing_mm:g} makes the input's pixels {clinical_mm:g} mm; expected at "
-            f"most {LARGEST_PIXEL_MM:g} mm, pass the pixel size of the finest column"
-        )
+        made = f"{spacing_mm:g} makes the input's pixels {clinical_mm:g} mm"
+        most = f"at most {LARGEST_PIXEL_MM:g} mm, pass the pixel size of the finest column"
+        raise RangeError(f"spacing_mm: {made}; expected {most}")
     side = min(max(round(crop_mm / clinical_mm), 1), *grid)
     if places is None:
         z = len(first) // 2 if len(np.shape(first)) == 3 else 0
@@ -152,9 +151,8 @@ def _ratio(name: str, shape: tuple[int, ...], grid: tuple[int, ...]) -> int:
     """Tell how many times finer than the first column an image is."""
     ratio = shape[-1] // grid[1] if len(shape) in (2, 3) else 0
     if ratio < 1 or tuple(shape[-2:]) != (grid[0] * ratio, grid[1] * ratio):
-        raise ShapeError(
-            f"columns: {name} has shape {shape}, which is no multiple of the first column's {grid}"
-        )
+        wanted = f"which is no multiple of the first column's {grid}"
+        raise ShapeError(f"columns: {name} has shape {shape}, {wanted}")
     return ratio
 
 
@@ -205,14 +203,12 @@ def consistency_figure(consistency_hu: np.ndarray, *, spacing_mm: float, title: 
         raise ShapeError(f"consistency_hu: expected a slice (h, w), got {values.shape}")
     figure, ((left, right),) = _panels(1, 2, (8.2, 3.6), title)
     _draw_consistency(figure, left, values, spacing_mm)
-    right.hist(
-        np.minimum(values.ravel(), CONSISTENCY_HU), bins=50, range=(0, CONSISTENCY_HU), color="0.35"
-    )
+    counted = np.minimum(values.ravel(), CONSISTENCY_HU)
+    right.hist(counted, bins=50, range=(0, CONSISTENCY_HU), color="0.35")
     lines = ("mean", "-", values.mean()), ("95 %", "--", np.percentile(values, 95))
     for name, style, value in lines:
-        right.axvline(
-            min(value, CONSISTENCY_HU), ls=style, color="C3", label=f"{name}: {value:.1f} HU"
-        )
+        label = f"{name}: {value:.1f} HU"
+        right.axvline(min(value, CONSISTENCY_HU), ls=style, color="C3", label=label)
     right.set(yscale="log", xlabel="|f(SR) − input|, HU", ylabel="clinical pixels")
     right.legend(fontsize=9)
     return figure

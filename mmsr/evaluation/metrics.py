@@ -21,40 +21,38 @@ from ..data.volume import block_mean, enlarge_nearest
 from ..inference.sr_slices import enlarge_bicubic
 
 # %% ../../nbs/7_evaluation/01_metrics.ipynb #647b91fa
-def _same_shape(image: np.ndarray, truth: np.ndarray, data_range: float) -> None:
-    """Refuse two images that cannot be compared pixel by pixel."""
+def _pair(image: np.ndarray, truth: np.ndarray, data_range: float = 1.0) -> np.ndarray:
+    """Give two images in 64 bits; refuse those that cannot be compared pixel by pixel."""
     if np.shape(image) != np.shape(truth) or np.ndim(image) != 2:
         both = f"{np.shape(image)} and {np.shape(truth)}"
         raise ShapeError(f"image and truth: expected two 2-D arrays of one shape, got {both}")
     if not (np.isfinite(data_range) and data_range > 0):
         raise RangeError(f"data_range: expected more than 0 in the images' unit, got {data_range}")
+    return np.array([image, truth], np.float64)
 
 
 def psnr(image: np.ndarray, truth: np.ndarray, *, data_range: float) -> float:
     """Compute the peak signal-to-noise ratio, dB, of two images (h, w) in one unit."""
-    _same_shape(image, truth, data_range)
-    pair = np.float64(truth), np.float64(image)
+    pair = _pair(image, truth, data_range)
     with np.errstate(divide="ignore"):  # of two equal images it is infinite
         return float(peak_signal_noise_ratio(*pair, data_range=data_range))
 
 
 def ssim(image: np.ndarray, truth: np.ndarray, *, data_range: float) -> float:
     """Compute the mean SSIM of two images (h, w): Gaussian window 11, σ 1.5, K = 0.01 and 0.03."""
-    _same_shape(image, truth, data_range)
+    pair = _pair(image, truth, data_range)
     if min(np.shape(image)) < 11:
         raise ShapeError(f"image: expected at least 11 by 11 for SSIM, got {np.shape(image)}")
-    pair = np.float64(truth), np.float64(image)
     window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     return float(structural_similarity(*pair, data_range=data_range, **window))
 
 # %% ../../nbs/7_evaluation/01_metrics.ipynb #5601fdb9
 def correlation(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None = None) -> float:
     """Compute Pearson's r of two images (h, w), in a mask; NaN where one is constant."""
-    _same_shape(a, b, 1.0)
-    if mask is not None:
-        _same_shape(mask, b, 1.0)
-        a, b = a[mask], b[mask]
-    u, v = np.asarray(a, np.float64).ravel(), np.asarray(b, np.float64).ravel()
+    u, v = _pair(a, b)
+    inside = np.ones(u.shape, bool) if mask is None else mask
+    _pair(inside, v)  # refuses a mask of another shape
+    u, v = u[inside], v[inside]
     if u.size < 2:
         return float("nan")
     u, v = u - u.mean(), v - v.mean()
@@ -105,11 +103,10 @@ def _power(image: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         raise ShapeError(f"image: expected at least {PATCH} by {PATCH} pixels, got {image.shape}")
     hann = np.hanning(PATCH + 1)[:-1]
     taper = np.outer(hann, hann)
-    cuts = sliding_window_view(image, size)[:: PATCH // 2, :: PATCH // 2]
-    wanted = np.ones(cuts.shape[:2], bool)
-    if mask is not None:
-        wanted = sliding_window_view(mask, size)[:: PATCH // 2, :: PATCH // 2].mean((2, 3)) >= 0.9
-    total = np.zeros(size)
+    mask = np.ones(image.shape, bool) if mask is None else mask
+    views = (sliding_window_view(a, size) for a in (image, mask))
+    cuts, parts = (view[:: PATCH // 2, :: PATCH // 2] for view in views)
+    wanted, total = parts.mean((2, 3)) >= 0.9, np.zeros(size)
     for row, here in zip(cuts, wanted, strict=True):  # a row at a time: little memory
         cut = row[here]
         cut = (cut - cut.mean((1, 2), keepdims=True)) * taper
@@ -201,7 +198,6 @@ def measure_slice(
     spacing_mm: float,
     data_range: float,
     method: str,
-    tile: int | None = None,
     scale: int = 8,
 ) -> Measures:
     """Measure one SR slice against its clinical slice and the truth.
@@ -222,32 +218,28 @@ def measure_slice(
         For PSNR and SSIM, HU.
     method : str
         Name in the table.
-    tile : int, optional
-        Side of the upsampler's tiles, clinical pixels; None for the whole slice.
     scale : int
         Linear ratio of the two grids.
 
     Returns
     -------
     Measures
-        NaN in the columns that need a truth when there is none.
+        NaN in the columns that need a truth when there is none; `tile` is None.
     """
     lung, blocks, parenchyma, near = regions(masks, spacing_mm=spacing_mm, scale=scale)
     means = block_mean(sr_hu, scale)
     error = np.abs(means - clinical_hu)[blocks]
     values: dict[str, Any] = dict.fromkeys(Measures._fields, float("nan"))
-    values |= {"method": method, "tile": tile, "data_range": data_range}
+    values |= {"method": method, "tile": None, "data_range": data_range}
     values["corr_clinical"] = correlation(means, clinical_hu, blocks)
     values["corr_parenchyma"] = correlation(means, clinical_hu, parenchyma)
     values["hu_error"] = float(error.mean()) if error.size else float("nan")
     values["grid_db"] = grid_db(sr_hu, scale=scale, mask=lung)
     if truth_hu is not None:
-        _same_shape(sr_hu, truth_hu, data_range)
-        matched = moment_matched(sr_hu, truth_hu, lung)
-        in_lung = matched[lung][None], np.asarray(truth_hu)[lung][None]
-        pair = sr_hu, truth_hu
-        fine, true_fine = (band_split(hu, scale)[1] for hu in pair)
-        values["corr_bronchi"] = correlation(*pair, near)
+        pair = _pair(sr_hu, truth_hu, data_range)
+        in_lung = moment_matched(sr_hu, truth_hu, lung)[lung][None], pair[1][lung][None]
+        fine, true_fine = (band_split(hu, scale)[1] for hu in (sr_hu, truth_hu))
+        values["corr_bronchi"] = correlation(sr_hu, truth_hu, near)
         values["corr_detail"] = correlation(fine, true_fine, lung)
         values["psnr_matched"] = psnr(*in_lung, data_range=data_range)
         values["spectrum_error_db"] = spectrum_error_db(*pair, scale=scale, mask=lung)

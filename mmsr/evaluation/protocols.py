@@ -7,7 +7,7 @@ __all__ = ['SuperResolveSettings', 'EvaluateSettings', 'find_weights', 'find_lun
            'open_models', 'columns_of', 'measure_case', 'describe_model']
 
 # %% ../../nbs/7_evaluation/02_protocols.ipynb #5cdc6bb7
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -133,12 +133,11 @@ def _check_lies_on(fine: Volume, clinical: Volume, scale: int, name: str) -> Non
     (z, y, x), where = clinical.array.shape, sr_geometry(clinical, scale)
     there = np.allclose([*fine.spacing_mm, *fine.origin_mm], [*where[0], *where[1]])
     if not there or fine.array.shape != (z, scale * y, scale * x):
-        raise GeometryError(
-            f"{name}: does not lie on its input, {scale} pixels to one; make it anew, at that scale"
-        )
+        wanted = f"{scale} pixels to one; make it anew, at that scale"
+        raise GeometryError(f"{name}: does not lie on its input, {wanted}")
 
 
-def _measure(case: Case, z: int, hu: np.ndarray, method: str, tile: int | None = None) -> Measures:
+def _measure(case: Case, z: int, hu: np.ndarray, method: str) -> Measures:
     """Measure slice `z` of what a method made of a case, (8h, 8w) in HU."""
     masks = {name: region[z] for name, region in case.regions.items()}
     return measure_slice(
@@ -149,7 +148,6 @@ def _measure(case: Case, z: int, hu: np.ndarray, method: str, tile: int | None =
         spacing_mm=case.volume.spacing_mm[1] / case.scale,
         data_range=CLINICAL_WINDOW.high - CLINICAL_WINDOW.low,
         method=method,
-        tile=tile,
         scale=case.scale,
     )
 
@@ -206,18 +204,16 @@ def columns_of(case: Case, models: Sequence[Model]) -> dict[str, np.ndarray]:
 
 def measure_case(case: Case, models: Sequence[Model]) -> list[Measures]:
     """Measure each slice of a case under each method, baselines and truth included."""
-    low, tiles = case.volume.array, {m.label: m.facts["cases"][case.name]["tile"] for m in models}
-    images: dict[str, Callable[[int], np.ndarray]] = {
-        "nearest": lambda z: enlarge_nearest(low[z], case.scale),
-        "bicubic": lambda z: enlarge_bicubic(low[z], case.scale),
-    }
-    images |= {model.label: model.volumes[case.name].__getitem__ for model in models}
-    images |= {} if case.truth is None else {"truth": case.truth.array.__getitem__}
-    return [
-        _measure(case, z, image(z), name, tiles.get(name))
-        for z in range(len(low))
-        for name, image in images.items()
-    ]
+    tiles = {model.label: model.facts["cases"][case.name]["tile"] for model in models}
+    rows = []
+    for z, low in enumerate(case.volume.array):
+        enlargements = {"nearest": enlarge_nearest, "bicubic": enlarge_bicubic}
+        images = {name: enlarge(low, case.scale) for name, enlarge in enlargements.items()}
+        images |= {model.label: model.volumes[case.name][z] for model in models}
+        images |= {} if case.truth is None else {"truth": case.truth.array[z]}
+        measured = (_measure(case, z, image, name) for name, image in images.items())
+        rows += [row._replace(tile=tiles.get(row.method)) for row in measured]
+    return rows
 
 # %% ../../nbs/7_evaluation/02_protocols.ipynb #575e0a4d
 def describe_model(model: Model) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..core import RangeError, SettingsError
 from ..networks import layers
-from ..networks.generators import AddNoise, CropTo, Enlarge, Hold, PadTo, Stage
+from ..networks.generators import AddNoise, CropTo, Enlarge, Hold, Stage
 
 # %% ../../nbs/6_inference/01_lazy_layers.ipynb #53649d82
 Span = tuple[int, int]  # first pixel, and the one behind the last
@@ -354,8 +354,7 @@ _KNOWN: dict[type, Callable[[Any, Map, Tiling], Map]] = {
     nn.PixelShuffle: lambda layer, m, _: shuffled(m, layer.upscale_factor),
     layers.InstanceNorm: lambda _, m, tiling: _normalised(m, tiling),
     nn.Identity: lambda _, m, tiling: m,
-    Enlarge: lambda stage, m, _: enlarged(m, stage.factor) if stage.factor > 1 else m,
-    PadTo: lambda stage, m, _: mirror_pad_to(m, stage.multiple),
+    Enlarge: lambda stage, m, _: mirror_pad_to(enlarged(m, stage.factor), stage.multiple),
     CropTo: lambda s, m, tiling: crop(m, (s.factor * tiling.height, s.factor * tiling.width)),
     AddNoise: lambda stage, m, tiling: _noisy(m, tiling, stage),
     Hold: lambda _, m, tiling: materialise(m, tiling),

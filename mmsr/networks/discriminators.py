@@ -55,31 +55,20 @@ class PatchDiscriminator(Network):
             net: list[nn.Module] = [nn.Conv2d(1, n, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
             for i in range(1, settings.layers + 1):
                 stride, bias = 2 if i < settings.layers else 1, norm == "none"
-                net += [
-                    nn.Conv2d(widths[i - 1], widths[i], 4, stride=stride, padding=1, bias=bias),
-                    make_norm(norm, widths[i]),
-                    nn.LeakyReLU(0.2),
-                ]
+                conv = nn.Conv2d(widths[i - 1], widths[i], 4, stride=stride, padding=1, bias=bias)
+                net += [conv, make_norm(norm, widths[i]), nn.LeakyReLU(0.2)]
             self.nets.append(nn.Sequential(*net, nn.Conv2d(widths[-1], 1, 4, padding=1)))
+        # Side of the square of pixels that one score sees, for each scale, finest first; InstanceNorm's
+        # statistics come from the whole patch and are not counted. One pixel of a halved patch is made
+        # of three, the next one begins two further on.
+        field = 9 * 2**settings.layers - 2
+        self.receptive_fields = tuple(2**i * (field + 1) - 1 for i in range(settings.scales))
+        # Shortest side of a patch that still gives a score at every scale.
+        self.min_size = (3 * 2**settings.layers - 1) * 2 ** (settings.scales - 1) + 1
 
     def draw(self, generator: torch.Generator | None) -> None:
         """Draw the weights."""
         initialise(self, norm=self.settings.norm, generator=generator)
-
-    @property
-    def receptive_fields(self) -> tuple[int, ...]:
-        """Side of the square of pixels that one score sees, for each scale, finest first.
-
-        InstanceNorm's statistics come from the whole patch and are not counted.
-        """
-        field = 9 * 2**self.settings.layers - 2
-        # One pixel of a halved patch is made of three, the next one begins two further on.
-        return tuple(2**i * (field + 1) - 1 for i in range(self.settings.scales))
-
-    @property
-    def min_size(self) -> int:
-        """Shortest side of a patch that still gives a score at every scale."""
-        return (3 * 2**self.settings.layers - 1) * 2 ** (self.settings.scales - 1) + 1
 
     def forward(self, image: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Score patches (b, 1, h, w) in [−1, 1] by a map of scores, or one a scale, finest first."""

@@ -11,7 +11,6 @@ __all__ = ['Norm', 'InstanceNorm', 'ChannelNorm', 'make_norm', 'outer_norm', 'mi
 # %% ../../nbs/2_networks/01_layers.ipynb #4d653225
 import math
 from collections import OrderedDict
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Self
 
 import torch
@@ -24,10 +23,10 @@ from ..core import ShapeError
 Norm = Literal["instance", "none", "channel"]
 
 
-def _no_autocast(x: Tensor) -> AbstractContextManager[object]:
+def _no_autocast(x: Tensor) -> torch.autocast:
     """Compute in the types that are there, also under autocast."""
-    known = x.device.type in ("cpu", "cuda")  # "meta", which only counts, knows no autocast
-    return torch.autocast(x.device.type, enabled=False) if known else nullcontext()
+    # "meta", which only counts, knows no autocast: the processor's will do
+    return torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False)
 
 
 class InstanceNorm(nn.Module):
@@ -140,9 +139,8 @@ def check_image(name: str, image: Tensor, *, min_size: int, multiple: int = 1) -
     height, width = image.shape[2:]
     if min(height, width) < min_size or height % multiple or width % multiple:
         sides = f"at least {min_size} pixels" + f", multiples of {multiple}" * (multiple > 1)
-        raise ShapeError(
-            f"{name}: expected sides of {sides}, got {height}x{width}; take another piece"
-        )
+        got = f"got {height}x{width}; take another piece"
+        raise ShapeError(f"{name}: expected sides of {sides}, {got}")
 
 
 def enlarge_and_pad(x: Tensor, factor: int, multiple: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..core import Settings
 from . import layers
-from .generators import G1, CropTo, Enlarge, PadTo, Stage
+from .generators import G1, CropTo, Enlarge, Stage
 from .layers import Network, Norm, ResidualBlock, check_image, outer_norm
 
 # %% ../../nbs/2_networks/04_unit.ipynb #8b4d538e
@@ -153,11 +153,7 @@ class UNITGenerator(G1):
         self.settings = settings
         self.encoder = networks.encode_x if networks else Encoder(settings, settings.halvings_x)
         self.decoder = networks.decode_y if networks else Decoder(settings, settings.halvings_y)
-
-    @property
-    def min_size(self) -> int:
-        """Shortest side of a patch."""
-        return -(-self.encoder.min_size // self.settings.enlarged)
+        self.min_size = -(-self.encoder.min_size // settings.enlarged)
 
     @classmethod
     def build(cls, settings: UNITSettings, generator: torch.Generator | None = None) -> Self:
@@ -175,4 +171,4 @@ class UNITGenerator(G1):
         """List what `forward` does."""
         s, e, d = self.settings, self.encoder, self.decoder
         body = [e.head, e.down, e.blocks, d.blocks, d.up, d.last]
-        return [Enlarge(s.enlarged), PadTo(e.multiple), *body, CropTo(s.scale), nn.Tanh()]
+        return [Enlarge(s.enlarged, e.multiple), *body, CropTo(s.scale), nn.Tanh()]

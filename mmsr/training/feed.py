@@ -16,8 +16,9 @@ from torch import Tensor
 from ..core import SettingsError, ShapeError
 from ..data.batches import PatchLoader, UnpairedBatches
 from ..data.patches import Banks, PatchBank
+from ..data.windows import Window
 from .distributed import Fabric
-from .health import hu_per_unit, preview_patches
+from .health import preview_patches
 from .settings import LoopSettings
 from .steps import enlarge_input
 
@@ -36,8 +37,15 @@ def check_banks(x_bank: PatchBank, y_bank: PatchBank, scale: int) -> None:
         )
 
 
-def check_sizes(sizes: Mapping[str, tuple[int, int]]) -> None:
-    """Refuse patches too small for a discriminator or a window; by name, the side and the least."""
+def check_sizes(
+    settings: LoopSettings, networks: Mapping[str, Any], x_side: int, y_side: int
+) -> None:
+    """Refuse patches too small for a window, or a network whose name tells what it sees (R14)."""
+    sizes = {"mmsr.ssim_window": (x_side, (settings.mmsr.ssim_window or (1,))[0])}
+    for name, net in networks.items():
+        if name.endswith(("_x", "_y")) and hasattr(net, "min_size"):
+            small = name.endswith("_x") and not settings.enlarged_input
+            sizes[name] = x_side if small else y_side, net.min_size
     for name, (side, least) in sizes.items():
         if side < least:
             needs = f"needs patches of at least {least} pixels, got {side}"
@@ -60,18 +68,13 @@ class Feed:
         enlarged = settings.enlarged_input
         self.scale = y_side // x_side if enlarged else scale
         check_banks(x_bank, y_bank, self.scale)
-        sizes = {"mmsr.ssim_window": (x_side, (settings.mmsr.ssim_window or (1,))[0])}
-        for name, net in networks._asdict().items():
-            if name.endswith(("_x", "_y")) and hasattr(net, "min_size"):
-                small = name.endswith("_x") and not enlarged
-                sizes[name] = x_side if small else y_side, net.min_size
-        check_sizes(sizes)
+        check_sizes(settings, networks._asdict(), x_side, y_side)
         batches = UnpairedBatches(
             x_bank, y_bank, settings.batch_size, settings.seed, settings.augment, self.scale,
             settings.degraded_fraction,
         )  # fmt: skip
         self.loader = PatchLoader(batches, fabric)
-        self.hu_per_unit = hu_per_unit(x_bank)
+        self.hu_per_unit = 1 / Window.from_dict(x_bank.info.window).gain  # HU in 1 of the networks
         x, y = (preview_patches(bank).to(fabric.device) for bank in self.banks)
         self.previews = (enlarge_input(x, self.scale) if enlarged else x), y
         for network in networks:

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..core import FileError, ResourceError, SettingsError, progress_bar
+from ..core import FileError, ResourceError, SettingsError, atomic_write, progress_bar
 from ..networks.generators import G1
 from ..networks.weights import ModelCard, load_generator, save_generator
 from .distributed import on_rank_zero
@@ -28,7 +28,7 @@ from mmsr.training.health import (
     check_finite,
     check_finite_weights,
     check_health,
-    save_preview,
+    preview_picture,
 )
 from mmsr.training.run_folder import (
     RunFolder,
@@ -98,19 +98,6 @@ def run_to_end(loop: Loop) -> TrainedRun:
         except StopIteration as end:
             return end.value
 
-
-@contextmanager
-def _sigterm(asked: list[str]) -> Iterator[None]:
-    """Inside the block, let SIGTERM, as clusters send it before they kill, be an orderly end."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python gives signals to the main thread alone
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.append("SIGTERM"))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
 # %% ../../nbs/4_training/07_run.ipynb #358149a3
 def open_history(path: Path, columns: Sequence[str], step: int) -> list[dict[str, float]]:
     """Return the rows of a history up to a step, and leave no others in the file."""
@@ -132,7 +119,7 @@ class OpenRun:
     def __init__(
         self,
         folder: str | Path,
-        method: str,
+        system: str,
         feed: Feed,
         state: Mapping[str, Any],
         losses: type[tuple[Any, ...]],
@@ -141,7 +128,7 @@ class OpenRun:
         self.folder, self.files, self.options = Path(folder), RunFolder.of(folder), options
         self.settings, self.feed, self.fabric = feed.settings, feed, feed.fabric
         self.config = {
-            "method": method,
+            "method": self.settings.method(system),
             "settings": self.settings.model_dump(mode="json"),
             "data": feed.describe(),
             "precision": self.fabric.strategy.precision.precision,
@@ -164,7 +151,10 @@ class OpenRun:
             shown, label = self.options.progress and first, f"training {self.folder.name}"
             bar = progress_bar(steps, label, unit="step", initial=self.step, shown=shown)
             self.bar = stack.enter_context(bar)
-            stack.enter_context(_sigterm(self.asked))
+            if threading.current_thread() is threading.main_thread():  # none else gets signals
+                # Clusters send SIGTERM before they kill: it is to be an orderly end.
+                before = signal.signal(signal.SIGTERM, lambda *_: self.asked.append("SIGTERM"))
+                stack.callback(signal.signal, signal.SIGTERM, before)
             self._close = stack.pop_all().close
         return self
 
@@ -254,7 +244,9 @@ class TrainingRun(OpenRun):
         self.warned = check_health(self.rows, self.settings, self.warned)
 
     def _add_preview(self) -> None:
-        png = save_preview(self.files.previews / f"step-{self.step:09d}.png", self._preview())
+        png = preview_picture(self._preview())
+        with atomic_write(self.files.previews / f"step-{self.step:09d}.png") as temporary:
+            temporary.write_bytes(png)
         if self.curves:
             self.curves.picture(self.step, "preview", png)
 
@@ -266,11 +258,11 @@ def finish(run: TrainingRun, networks: Any, g1: G1) -> TrainedRun:
     card = model_card(run, g1)
 
     def write() -> None:
-        there = None
         with suppress(FileError):  # a damaged one is written anew
             there = load_generator(run.files.weights)[1]
-        if there is None or (there.training, there.data) != (card.training, card.data):
-            save_generator(run.files.weights, g1, card)
+            if (there.training, there.data) == (card.training, card.data):
+                return
+        save_generator(run.files.weights, g1, card)
 
     on_rank_zero(run.fabric, write)
     return TrainedRun(networks, g1, run.step, run.finished, run.files.weights)

@@ -17,7 +17,7 @@ import struct
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from zipfile import BadZipFile, ZipFile
@@ -230,43 +230,34 @@ def _check_moments(optimiser: torch.optim.Optimizer, step: int) -> None:
             raise ValueError("moments are not those of their weights")
 
 # %% ../../nbs/4_training/01_run_folder.ipynb #ca65462c
-@contextmanager
-def locked(folder: str | Path) -> Iterator[None]:
-    """Keep other processes out of a run's folder, made when missing."""
+def locked(folder: str | Path) -> AbstractContextManager[Any]:
+    """Keep other processes out of a run's folder, made when missing, until the context ends."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        with suppress(NotImplementedError):  # some network disks know no locks
-            lock = FileLock(Path(folder, "lock"))
-            lock.acquire(timeout=0)
+        return FileLock(Path(folder, "lock")).acquire(timeout=0)
+    except NotImplementedError:  # some network disks know no locks
+        return nullcontext()
     except Timeout as e:
         raise ResourceError(f"{folder}: another process trains here; wait for it") from e
     except OSError as e:
         raise FileError(f"{folder}: the run folder cannot be made ({e.strerror or e})") from e
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class RunFolder(NamedTuple):
     """The files of one run."""
 
-    config: Path
-    environment: Path
-    history: Path
-    checkpoints: Path
-    weights: Path
-    previews: Path
-    curves: Path
+    config: Path = Path("config.json")
+    environment: Path = Path("environment.json")
+    history: Path = Path("history.csv")
+    checkpoints: Path = Path("checkpoints")
+    weights: Path = Path("weights.safetensors")
+    previews: Path = Path("previews")
+    curves: Path = Path("events.out.tfevents.mmsr")
 
     @classmethod
     def of(cls, folder: str | Path) -> "RunFolder":
         """Name the files of a run, there or not."""
-        names = (
-            *("config.json", "environment.json", "history.csv", "checkpoints"),
-            *("weights.safetensors", "previews", "events.out.tfevents.mmsr"),
-        )
-        return cls(*(Path(folder, name) for name in names))
+        return cls(*(Path(folder, name) for name in cls()))
 
 # %% ../../nbs/4_training/01_run_folder.ipynb #41704cd2
 # No result depends on these, so a run may go on with others.
@@ -339,7 +330,12 @@ def open_run(
     except MMSRError:
         if on_change != "move":
             raise
-        _move_aside(run)
+        number = 1
+        while (aside := run.config.parent / f"earlier-{number}").exists():
+            number += 1
+        aside.mkdir()
+        for path in filter(Path.exists, reversed(run)):  # settings go last: it may be killed
+            path.replace(aside / path.name)
         return open_run(folder, config)
     write_json(run.config, config)
     write_json(run.environment, environment() | {"threads": torch.get_num_threads()})
@@ -355,14 +351,3 @@ def _check_going_on(run: RunFolder, config: Mapping[str, Any]) -> None:
         check_same_run(folder, read_json(run.config), config)
     elif checkpoints:
         check_same_run(folder, load_checkpoint(checkpoints[0]).get("config"), config)
-
-
-def _move_aside(run: RunFolder) -> None:
-    """Move a run into a folder of its own; its settings, named first, go last: it may be killed."""
-    number = 1
-    while (aside := run.config.parent / f"earlier-{number}").exists():
-        number += 1
-    aside.mkdir()
-    for path in reversed(run):
-        if path.exists():
-            path.replace(aside / path.name)

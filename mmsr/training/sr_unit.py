@@ -17,12 +17,7 @@ import torch
 from torch import Tensor
 
 from ..data.patches import Banks, PatchBank
-from mmsr.losses.gan import (
-    latent_loss,
-    lsgan_discriminator_loss,
-    lsgan_generator_loss,
-    reconstruction_loss,
-)
+from ..losses.gan import latent_loss, lsgan_generator_loss, reconstruction_loss
 from ..losses.mmsr import MMSRTerms, mmsr_loss, mmsr_terms_on_small_grid
 from ..networks.discriminators import PatchDiscriminator
 from mmsr.networks.unit import (
@@ -33,23 +28,22 @@ from mmsr.networks.unit import (
     UNITSettings,
     build_unit,
 )
-from .distributed import Fabric, make_fabric
+from .distributed import Fabric, make_fabric, torch_seeded
 from .feed import Feed
 from .health import health_metrics, preview_rows
 from .run import Loop, RunOptions, TrainedRun, TrainingRun, finish, run_to_end
 from .settings import Baseline, Changes, LoopSettings, Preset, preset_settings
-from .sr_cyclegan import weights_generator
 from mmsr.training.steps import (
     OtherNumbers,
-    Scores,
+    ScorePair,
     StepNoise,
     adam,
     averaged_copy,
+    discriminator_loss,
     frozen,
     halving_factor,
     optimise,
     set_learning_rate,
-    split_scores,
     update_average,
 )
 
@@ -148,9 +142,9 @@ class SRUNITNetworks(NamedTuple):
 def networks_of(settings: SRUNITSettings) -> SRUNITNetworks:
     """Build the six networks with their first weights, on the CPU (R13)."""
     return SRUNITNetworks(
-        *build_unit(settings.unit, weights_generator(settings.seed, "unit")),
-        PatchDiscriminator.build(settings.d_x, weights_generator(settings.seed, "d_x")),
-        PatchDiscriminator.build(settings.d_y, weights_generator(settings.seed, "d_y")),
+        *build_unit(settings.unit, torch_seeded(settings.seed, "weights", "unit")),
+        PatchDiscriminator.build(settings.d_x, torch_seeded(settings.seed, "weights", "d_x")),
+        PatchDiscriminator.build(settings.d_y, torch_seeded(settings.seed, "weights", "d_y")),
     )
 
 # %% ../../nbs/4_training/09_sr_unit.ipynb #dcbc8fa7
@@ -195,14 +189,10 @@ def translate(
 
 
 def generator_losses(
-    x: Tensor,
-    y: Tensor,
-    outputs: Outputs,
-    score_y_lr: Scores,
-    score_x_sr: Scores,
-    settings: SRUNITSettings,
+    x: Tensor, y: Tensor, outputs: Outputs, scores: ScorePair, settings: SRUNITSettings
 ) -> GeneratorLosses:
     """Add up what encoders and decoders minimise (R13, Eq. 4)."""
+    score_y_lr, score_x_sr = scores
     losses = GeneratorLosses(
         total=x.new_zeros(()),
         adversarial_x=lsgan_generator_loss(score_y_lr),
@@ -235,9 +225,7 @@ def sr_unit_loop(
     opt_g, opt_d = adam(settings, *translators), adam(settings, d_x, d_y)
     state = {"optimiser_g": opt_g, "optimiser_d": opt_d}
     state |= nets._asdict() | ({"average": best} if settings.ema else {})
-    method = settings.method("UNIT")
-
-    with TrainingRun(folder, method, feed, state, GeneratorLosses, options) as run:
+    with TrainingRun(folder, "UNIT", feed, state, GeneratorLosses, options) as run:
         for step in run.steps():
             x, y = feed.batch(step)
             noise = StepNoise(settings.seed, step, fabric, settings.unit.latent, settings.noise)
@@ -248,16 +236,16 @@ def sr_unit_loop(
             with frozen(d_x, d_y):
                 with fabric.autocast():
                     outputs = translate(nets, x, y, noise)
-                    score_y_lr, score_x_sr = d_x(outputs.y_lr), d_y(outputs.x_sr)
-                g_losses = generator_losses(x, y, outputs, score_y_lr, score_x_sr, settings)
+                    scores = d_x(outputs.y_lr), d_y(outputs.x_sr)
+                g_losses = generator_losses(x, y, outputs, scores, settings)
                 norm_g = optimise(fabric, opt_g, g_losses.total, settings.clip)
 
             # Discriminators: tell real patches from outputs.
             with fabric.autocast():
                 scores_x = d_x(torch.cat([x, outputs.y_lr.detach()]))
                 scores_y = d_y(torch.cat([y, outputs.x_sr.detach()]))
-            loss_x = 2 * lsgan_discriminator_loss(*split_scores(scores_x))  # UNIT does not halve it
-            loss_y = 2 * lsgan_discriminator_loss(*split_scores(scores_y))
+            loss_x = 2 * discriminator_loss(scores_x)  # UNIT does not halve it
+            loss_y = 2 * discriminator_loss(scores_y)
             norm_d = optimise(fabric, opt_d, loss_x + loss_y, settings.clip)
 
             if settings.ema:

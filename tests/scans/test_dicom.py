@@ -47,7 +47,7 @@ from pydicom.uid import (
 )
 
 from mmsr.core import FileError, GeometryError, MMSRError, RangeError, SettingsError
-from mmsr.scans.dicom_series import DICOM, dicom_facts, open_dicom, scan_series
+from mmsr.scans.dicom_series import DICOM, header_lines, open_dicom, scan_series
 from mmsr.scans.read import read_volume
 from mmsr.scans.slices import ReadOptions
 
@@ -352,9 +352,9 @@ def test_copies_and_different_slices_at_one_place(tmp_path):
     change(copy, ImagePositionPatient=pydicom.dcmread(one).ImagePositionPatient)
     change(copy, SOPInstanceUID=uid("another"))
     refused(GeometryError, folder, "same place", "but differ")
-    facts = dicom_facts(ReadOptions("s", []), heads_of(folder))
-    assert facts.copies == [False]
-    assert facts.fit.usual == 2.5
+    lines = dict(header_lines(ReadOptions("s", []), heads_of(folder)))
+    assert lines["doubles"] == "0 places with copies, 1 with different slices"
+    assert lines["thickness"].endswith("slices 2.5 mm apart")
 
 
 def test_other_frames_of_reference_do_not_mix(tmp_path):
@@ -696,27 +696,34 @@ def test_any_damage_is_refused_in_one_line_or_read(tmp_path, syntax):
 # ---------------------------------------------------------------- facts
 
 
-def test_facts_of_a_tilted_stack_with_a_gap(tmp_path):
+def test_lines_of_a_tilted_stack_with_a_gap(tmp_path):
     folder = series(tmp_path / "s", chest(9), step=(0, 1.0, 2.5), PixelPaddingValue=5)
     in_order(folder)[4].unlink()
-    facts = dicom_facts(ReadOptions("s", []), heads_of(folder))
-    assert facts.tilt_degrees == pytest.approx(np.degrees(np.arctan2(1, 2.5)))
-    assert facts.fit.sideways == pytest.approx(8)
-    assert facts.fit.usual == 2.5
-    assert facts.gaps == [(pytest.approx(7.5), 1)]
-    assert facts.series.heads[0].tags["ConvolutionKernel"] == "FC51"
-    assert facts.series.heads[0].tags["PixelPaddingValue"] == 5
-    assert facts.copies == []
+    heads = heads_of(folder)
+    assert {head.tags["PixelPaddingValue"] for head in heads} == {5}
+    lines = dict(header_lines(ReadOptions("s", []), heads))
+    degrees = np.degrees(np.arctan2(1, 2.5))
+    assert lines["tilt"] == f"{degrees:.1f}°, 8.0 mm sideways over the stack"
+    assert lines["thickness"].endswith("slices 2.5 mm apart")
+    assert lines["gaps"] == "missing slices: 1 (1 at 7.5 mm from the first slice)"
+    assert lines["kernel"] == "FC51"
+    assert "doubles" not in lines
+
+
+def test_lines_of_a_single_slice_whose_spacing_is_negative(tmp_path):
+    folder = series(tmp_path / "s", chest(1), SpacingBetweenSlices=-2)
+    assert "doubles" not in dict(header_lines(ReadOptions("s", []), heads_of(folder)))
 
 
 @real
-def test_facts_of_the_chest():
-    facts = dicom_facts(ReadOptions("chest", []), heads_of(REAL / "nlst_chest_dicom"))
-    assert len(facts.series.heads) == 143
-    assert facts.series.heads[0].tags["ConvolutionKernel"] == "FC51"
-    assert facts.fit.usual == pytest.approx(2.0)
-    assert "JPEG-LS" in facts.packing
-    assert (facts.tilt_degrees, facts.gaps, facts.copies) == (0.0, [], [])
+def test_lines_of_the_chest():
+    heads = heads_of(REAL / "nlst_chest_dicom")
+    assert len(heads) == 143
+    lines = dict(header_lines(ReadOptions("chest", []), heads))
+    assert lines["kernel"] == "FC51"
+    assert lines["thickness"].endswith("slices 2 mm apart")
+    assert "JPEG-LS" in lines["packing"]
+    assert not {"tilt", "gaps", "doubles"} & lines.keys()
 
 
 @real
