@@ -7,6 +7,7 @@ __all__ = ['ScanTargets', 'ScanJob', 'plan_scan', 'time_one_slice', 'run_scan']
 
 # %% ../../nbs/6_inference/06_scan_job.ipynb #be52cba6
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable
@@ -22,8 +23,16 @@ from .. import __version__
 from ..core import ResourceError, SettingsError, fingerprint, progress_bar
 from ..data.volume import Volume
 from .memory import BATCHES_IN_FLIGHT
-from .sr_slices import ScanSummary, SROptions, SRSlice, checked, super_resolve_slices
+from mmsr.inference.sr_slices import (
+    ScanSummary,
+    SROptions,
+    SRSlice,
+    checked,
+    super_resolve_slices,
+    uses_instance_norm,
+)
 from .super_resolve import check_memory, sr_outputs
+from .tiling import reach
 from ..networks.generators import G1
 from ..networks.weights import ModelCard
 from ..scans.output_plan import Output, OutputPlan, is_finished, plan_outputs, unfinished
@@ -61,6 +70,7 @@ class ScanJob(NamedTuple):
     output: OutputPlan
     overwrite: bool
     finished: bool  # an earlier call has made this very result, and it may stay
+    share: float  # of the pixels, which the network sees: without those far from the mask
     memory: int  # bytes, the mask's among them; does not grow with the number of slices
     disk: int  # bytes at most, of all outputs
 
@@ -71,9 +81,12 @@ class ScanJob(NamedTuple):
         scan, sr = (text.format(*one.array.shape, *one.spacing_mm) for one in both)
         memory, disk = (tqdm.format_sizeof(size, "B") for size in (self.memory, self.disk))
         total = timedelta(seconds=round(seconds * len(self.volume.array)))
+        norm = "the lung" if self.lung is not None else "the whole slice"
+        norms = [f"norm:   statistics of {norm} (R20)"] * uses_instance_norm(self.g1)
         return [
             f"scan:   {scan}",
             f"result: {sr}",
+            *norms,
             f"needs:  {memory} of memory, up to {disk} of disk",
             f"time:   about {seconds:.1f} s a slice, {total} (h:min:s) in all",
         ]
@@ -184,12 +197,33 @@ def plan_scan(
     made, paths = sr_outputs(volume, g1.settings.scale), targets._asdict()
     outputs = {name: Output(path, made[name]) for name, path in paths.items() if path is not None}
     output = plan_outputs(outputs, _job_key(volume, g1, card, options, mask, lung))
-    finished, memory, disk = not overwrite and is_finished(output), 0, 0
+    finished, memory, disk, seen = not overwrite and is_finished(output), 0, 0, [(1, 1)]
     if not finished:
-        memory = check_memory(g1, volume.array.shape, options, kept=QUEUE + 1 + int(options.batch))
+        seen = _seen(volume, g1, options, mask, lung)
+        kept = QUEUE + 1 + int(options.batch)
+        largest = max([*seen, (g1.min_size, g1.min_size)], key=math.prod)
+        memory = check_memory(g1, volume.array.shape, options, kept, largest)
         memory += sum(one.nbytes for one in (mask, lung) if one is not None)
         disk = _check_disk(output)
-    return ScanJob(volume, mask, lung, g1, card, options, output, overwrite, finished, memory, disk)
+    share = sum(map(math.prod, seen)) / volume.array.size
+    facts = finished, share, memory, disk
+    return ScanJob(volume, mask, lung, g1, card, options, output, overwrite, *facts)
+
+
+def _seen(
+    volume: Volume, g1: G1, options: SROptions, mask: np.ndarray | None, lung: np.ndarray | None
+) -> list[tuple[int, int]]:
+    """List the rows and columns that the network takes of each slice: all, or those around the mask."""
+    _, height, width = volume.array.shape
+    if mask is None or (lung is None and uses_instance_norm(g1)):
+        return [(height, width)] * len(mask if mask is not None else volume.array)
+    far = reach(g1) + options.blend_mm / min(volume.spacing_mm[1:]) + 1
+    seen = []
+    for plane in mask:
+        rows, columns = (np.flatnonzero(plane.any(axis)) for axis in (1, 0))
+        tall, wide = (int(np.ptp(hit) + 1 + 2 * far) if hit.size else 0 for hit in (rows, columns))
+        seen.append((min(tall, height), min(wide, width)))
+    return seen
 
 
 def time_one_slice(job: ScanJob) -> float:
@@ -201,9 +235,11 @@ def time_one_slice(job: ScanJob) -> float:
     warm = batch * BATCHES_IN_FLIGHT  # each thread warms up
     lung = Volume(np.full((2 * warm, *piece), -800, np.int16), (1.0, 1.0, 1.0))
     how = job.options.model_copy(update={"batch": batch, "statistics": "slice"})
-    slices = super_resolve_slices(lung, range(2 * warm), job.g1, job.card, how)
-    ready = [time.perf_counter() for _ in slices]
-    took = (ready[-1] - ready[warm - 1]) / warm
+    took = 0.0
+    for mask, share in ((None, job.share), (lung.array == 0, 1 - job.share)):  # with it, without it
+        slices = super_resolve_slices(lung, range(2 * warm), job.g1, job.card, how, mask)
+        ready = [time.perf_counter() for _ in slices]
+        took += share * (ready[-1] - ready[warm - 1]) / warm
     return took * shape[0] * shape[1] / (piece[0] * piece[1])
 
 # %% ../../nbs/6_inference/06_scan_job.ipynb #2e3b1713

@@ -153,6 +153,7 @@ class SRSlice(NamedTuple):
     uncertainty: np.ndarray | None  # TTA spread: deviation over eight poses, int16 (8h, 8w)
     clipped: int  # input voxels outside the window, whose excess was added back
     saturated: int  # SR voxels cut off at the ends of int16
+    beyond: int  # input voxels below −1024 HU or above the window, whose blocks cannot stay within
 
     def facts(self, mask: np.ndarray | None = None) -> dict[str, float]:
         """Count and sum what `ScanSummary` needs, the consistency in the mask (z, h, w) only."""
@@ -160,6 +161,7 @@ class SRSlice(NamedTuple):
         return {
             "clipped": self.clipped,
             "saturated": self.saturated,
+            "beyond": self.beyond,
             "voxels": inside.size,
             "sum": float(inside.sum(dtype=float)),
             "sum_abs": float(np.abs(inside).sum(dtype=float)),
@@ -178,6 +180,8 @@ class ScanSummary(NamedTuple):
         Input voxels outside the generator's window, whose excess was added back.
     saturated : int
         SR voxels cut off at the ends of int16.
+    beyond : int
+        Input voxels below −1024 HU or above the window: `exact_means` keeps them, too.
     bias_hu, mean_abs_error_hu, worst_hu : float
         f(SR) − input in the mask, or everywhere without one: mean, mean without sign, largest.
     """
@@ -185,6 +189,7 @@ class ScanSummary(NamedTuple):
     slices: int
     clipped: int
     saturated: int
+    beyond: int
     bias_hu: float
     mean_abs_error_hu: float
     worst_hu: float
@@ -193,11 +198,12 @@ class ScanSummary(NamedTuple):
     def of(cls, facts: Sequence[dict[str, float]]) -> Self:
         """Sum up the facts of all slices."""
         try:
-            names = ("clipped", "saturated", "voxels", "sum", "sum_abs")
-            clipped, saturated, voxels, *sums = (sum(one[name] for one in facts) for name in names)
-            bias, error = (total / max(voxels, 1) for total in sums)
+            names = ("clipped", "saturated", "beyond", "voxels", "sum", "sum_abs")
+            *counts, voxels, total, total_abs = (sum(one[name] for one in facts) for name in names)
+            bias, error = total / max(voxels, 1), total_abs / max(voxels, 1)
             worst = max(float(one["worst"]) for one in facts)
-            return cls(len(facts), int(clipped), int(saturated), bias, error, worst)
+            clipped, saturated, beyond = map(int, counts)
+            return cls(len(facts), clipped, saturated, beyond, bias, error, worst)
         except (KeyError, TypeError, ValueError) as e:
             what = "their journal was changed by hand or is of another version"
             raise FileError(f"the outputs are complete, but {what}: what it said is lost") from e
@@ -230,11 +236,11 @@ def _keep_in_range(sr: Tensor, hu: Tensor, high: float) -> None:
     """Bring SR slices (b, 1, 8h, 8w) between −1024 HU and `high`, in place; block means stay.
 
     Of each block, the nearest one is taken: a constant is added, and what is still outside is cut
-    off. Where the scan itself goes further, within a pixel, so may the block.
+    off. Where the scan itself goes further, so may the block, as far as the pixels around it.
     """
     scale = sr.shape[2] // hu.shape[2]
-    low = -F.max_pool2d(-hu, 3, 1, 1).clamp_(min=-LEAST_HU)
-    most = F.max_pool2d(hu, 3, 1, 1).clamp_(min=high)
+    low = torch.where(hu < LEAST_HU, -F.max_pool2d(-hu, 3, 1, 1), LEAST_HU)
+    most = torch.where(hu > high, F.max_pool2d(hu, 3, 1, 1), high)
     cells = sr.view(*hu.shape[:3], scale, hu.shape[3], scale).transpose(3, 4)
     wrong = (cells.amin((4, 5)) < low) | (cells.amax((4, 5)) > most)
     blocks = cells[wrong].flatten(1)
@@ -333,13 +339,13 @@ def _finish(
     sr.round_()
     saturated = _outside(sr, low, high)
     sr.clamp_(low, high)
-    clipped = _outside(hu, window.low, window.high)
+    clipped, beyond = (_outside(hu, least, window.high) for least in (window.low, LEAST_HU))
     consistency = _to_host((F.avg_pool2d(sr, model.g1.settings.scale) - hu)[:, 0])
     whole = _to_host(sr.short()[:, 0])
     spreads: Sequence[np.ndarray | None] = [None] * len(whole)
     if spread is not None:
         spreads = list(_to_host(spread.round_().clamp_(max=high).short()[:, 0]))
-    columns = zip(slices, whole, consistency, spreads, clipped, saturated, strict=False)
+    columns = zip(slices, whole, consistency, spreads, clipped, saturated, beyond, strict=False)
     return [SRSlice(*row) for row in columns]  # without what fills up a batch
 
 # %% ../../nbs/6_inference/04_sr_slices.ipynb #b16ad2aa

@@ -21,10 +21,17 @@ from ..networks.weights import ModelCard
 from ..scans.output_plan import placeholder
 
 # %% ../../nbs/6_inference/05_super_resolve.ipynb #4c8de243
-def check_memory(g1: G1, shape: Sequence[int], options: SROptions, kept: int | None = None) -> int:
+def check_memory(
+    g1: G1,
+    shape: Sequence[int],
+    options: SROptions,
+    kept: int | None = None,
+    seen: tuple[int, int] | None = None,
+) -> int:
     """Return the bytes that a job on slices (z, h, w) takes; refuse it if there are not as many.
 
-    `kept` slices are held at once, by default all. Of a GPU, its own memory is not counted.
+    `kept` slices are held at once, by default all; of each the network sees `seen` rows and columns,
+    by default all. Of a GPU, its own memory is not counted.
     """
     count, height, width = shape
     scale, options = g1.settings.scale, options.resolved(g1, shape)
@@ -35,7 +42,7 @@ def check_memory(g1: G1, shape: Sequence[int], options: SROptions, kept: int | N
         work = batch * ((BATCHES_IN_FLIGHT + 1) * 2 * arrays * fine + BATCHES_IN_FLIGHT * noise)
     else:  # on the way to whole HU: an enlargement, a sum; with the spread, mean and squares too
         assert not isinstance(options.tile, str)
-        work = memory_needed(g1, (height, width), tile=options.tile, batch=batch)
+        work = memory_needed(g1, seen or (height, width), tile=options.tile, batch=batch)
         work += (6 if options.uncertainty else 2) * 4 * fine * batch
     need, have = work + (count if kept is None else kept) * each, available_memory()
     if need <= have:
