@@ -220,10 +220,12 @@ def uses_instance_norm(g1: G1) -> bool:
 
 def _enough(lung: np.ndarray) -> np.ndarray:
     """Widen a small lung (h, w) to as many pixels as statistics need; without one, take them all."""
-    if lung.sum() >= min(MIN_STATISTICS, lung.size):
+    if not lung.any() or lung.size < MIN_STATISTICS:
+        return np.ones_like(lung)
+    if lung.sum() >= MIN_STATISTICS:
         return lung
-    away = ndimage.distance_transform_edt(~lung) if lung.any() else np.zeros(lung.shape)
-    return away <= np.partition(away, MIN_STATISTICS - 1, axis=None)[MIN_STATISTICS - 1]
+    away = ndimage.distance_transform_edt(~lung)
+    return away <= np.partition(away, MIN_STATISTICS, axis=None)[MIN_STATISTICS]
 
 
 def _around(weight: Tensor) -> Box:
