@@ -133,7 +133,10 @@ def test_which_statistics_are_taken_and_told(tmp_path) -> None:
         targets = ScanTargets(tmp_path / "sr.mha")
         return plan_scan(volume_of(how.pop("hu", hu)), targets, g1, record_of(g1), options, **how)
 
-    by_mask, by_slice = job(mask=lung), job(mask=lung, statistics="slice")
+    small = np.zeros_like(lung)
+    small[:, 22:24, 22:24] = True
+    by_mask, by_slice = job(mask=small, lung=lung), job(mask=small, statistics="slice")
+    assert job(mask=lung).lung is lung
     assert by_mask.lung is lung
     assert by_slice.lung is None
     assert by_mask.output.stamp != by_slice.output.stamp
