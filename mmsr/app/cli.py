@@ -108,6 +108,8 @@ def _super_resolve(job: Any, out: Path, picture: Path, share: tuple[int, int], d
         f"block means minus input{where}: {summary.bias_hu:+.1f} HU on average, "
         f"{summary.mean_abs_error_hu:.1f} HU without sign, {summary.worst_hu:.1f} HU at most"
     )
+    if summary.beyond and job.options.exact_means:
+        echo(f"{summary.beyond} blocks keep a mean of the scan's that no tissue has")
     if summary.saturated:
         echo(f"{summary.saturated} voxels were cut off at the ends of int16")
     card, steps = job.card, job.card.training.get("steps", "an unknown number of")
@@ -132,6 +134,7 @@ def super_resolve(
     lung_only: Annotated[bool, Option("--lung-only", help="keep the rest bicubic")] = False,
     mask: Annotated[Path | None, Option(help="a mask of yours, on the scan's grid")] = None,
     exact_means: Annotated[bool, Option("--exact-means", help="8x8 means as input")] = False,
+    statistics: Annotated[str, Option(help="of InstanceNorm: lung or slice (R20)")] = "auto",
     consistency: Annotated[Path | None, Option(help="also write f(SR) - input, in HU")] = None,
     uncertainty: Annotated[Path | None, Option(help="also write TTA spread; 8 x the time")] = None,
     part: Annotated[str, Option(help="I/N: do share I of N; a last call without it joins")] = "1/1",
@@ -165,6 +168,7 @@ def super_resolve(
     share = _part(part)
     asked = {"tile": tile or "auto", "batch": batch or "auto", "precision": precision}
     asked |= {"exact_means": exact_means, "uncertainty": uncertainty is not None}
+    asked |= {"statistics": statistics}
     options = SROptions.read({**asked, "device": str(choose_device(device))})
     g1, card = load_generator(find_weights(weights))
     how: dict[str, Any] = {"force": force, "resample": resample, "series": series}

@@ -36,6 +36,7 @@ class SuperResolveSettings(Settings):
     slices: tuple[int, int] | None = None
     lung_only: bool = False
     exact_means: bool = False
+    statistics: Literal["auto", "lung", "slice"] = "auto"
     tile: pydantic.PositiveInt | None = None
     device: str = "auto"
     precision: Precision = "32"

@@ -42,6 +42,7 @@ class Tiling(NamedTuple):
     sample: bool = False  # make two tiles only, which stand for all: to see what they take
     width: int = 0  # of the clinical slice, for a stage that crops to it
     noise: Any = None  # a tensor (b, c, h, w) on its grid, for the stages that add some
+    inside: Any = None  # of bool (b, 1, h, w): where InstanceNorm takes its statistics (R20)
 
 
 def from_tensor(buffer: Tensor) -> Map:
@@ -179,10 +180,10 @@ def _noisy(m: Map, tiling: Tiling, stage: AddNoise) -> Map:
 MAX_HELD_BYTES = 1 << 26
 
 
-def walk(m: Map, tiling: Tiling) -> Iterator[tuple[Box, Tensor]]:
-    """Make a map tile by tile; the first that is not finite is refused, with its place."""
+def walk(m: Map, tiling: Tiling, part: Box | None = None) -> Iterator[tuple[Box, Tensor]]:
+    """Make a map, or part of it, tile by tile; what is not finite is refused, with its place."""
     side = max(tiling.tile * m.size[0] // tiling.height, 1)
-    rows, columns = (_split(n, -(-n // side)) for n in m.size)
+    rows, columns = (_split(span, side) for span in part or ((0, m.size[0]), (0, m.size[1])))
     boxes: Iterable[Box] = product(rows, columns)
     if tiling.sample:
         boxes = [(rows[0], columns[0]), (rows[len(rows) // 2], columns[len(columns) // 2])]
@@ -190,10 +191,11 @@ def walk(m: Map, tiling: Tiling) -> Iterator[tuple[Box, Tensor]]:
         yield box, _make(m, box, tiling)
 
 
-def _split(n: int, parts: int) -> list[Span]:
-    """Cut an axis into parts that differ by one at most."""
-    edges = [i * n // parts for i in range(parts + 1)]
-    return list(pairwise(edges))
+def _split(span: Span, side: int) -> list[Span]:
+    """Cut a part of an axis into pieces of at most `side`, that differ by one at most."""
+    n = span[1] - span[0]
+    parts = -(-n // side)
+    return list(pairwise(span[0] + i * n // parts for i in range(parts + 1)))
 
 
 def _make(m: Map, box: Box, tiling: Tiling) -> Tensor:
@@ -240,30 +242,55 @@ def materialise(m: Map, tiling: Tiling) -> Map:
     return from_tensor(buffer)
 
 
+def _inside(m: Map, box: Box, tiling: Tiling) -> Tensor | None:
+    """Say which pixels (b, h, w) of a tile count, on whatever grid its map lies."""
+    if tiling.inside is None:
+        return None
+    sides = tiling.inside.shape[2:]
+    finer = 2.0 ** round(math.log2(m.size[0] / sides[0]))  # a map may be padded
+    rows, columns = (
+        (torch.arange(*span) / finer).long().clamp_(max=n - 1).to(tiling.inside.device)
+        for span, n in zip(box, sides, strict=True)
+    )
+    return tiling.inside[:, 0, rows[:, None], columns]
+
+
+def _moments(piece: Tensor, inside: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Count pixels; give mean, and variance plus 1e-5, of each channel (b, c), in double."""
+    b, c, height, width = piece.shape
+    if inside is None:  # the kernel of GroupNorm gives both in one pass
+        _, mean, root = torch.native_group_norm(piece, None, None, b, c, height * width, c, 1e-5)
+        count = torch.tensor(height * width, dtype=torch.float64)
+        return count, mean.double(), root.double() ** -2
+    chosen = [one[:, here] for one, here in zip(piece, inside, strict=True)]
+    none = piece.new_zeros(c, 1)  # of a tile without lung
+    both = [torch.var_mean(one if one.numel() else none, 1, correction=0) for one in chosen]
+    variance, mean = (torch.stack(moment).double() for moment in zip(*both, strict=True))
+    return inside.sum((1, 2))[:, None].double(), mean, variance + 1e-5
+
+
 def _normalised(m: Map, tiling: Tiling, *, keep: float = MAX_HELD_BYTES) -> Map:
-    """Do what InstanceNorm does, with the statistics of the whole map.
+    """Do what InstanceNorm does, with the statistics of the whole map, or of what is inside (R20).
 
     Up to `keep` bytes a slice the map is held rather than made again.
     """
-    seen, mean, square = 0, torch.zeros(()), torch.zeros(())
+    seen, mean, square = torch.zeros(3, dtype=torch.float64)
     buffer, own = None, torch.empty(0)
-    for box, piece in walk(m, tiling):
-        b, c, height, width = piece.shape
-        if (height, width) == m.size:
-            return from_tensor(layers.InstanceNorm()(piece))
-        if not seen and c * piece.element_size() * m.size[0] * m.size[1] <= keep:
+    for n, (box, piece) in enumerate(walk(m, tiling)):
+        if piece.shape[2:] == m.size:
+            if tiling.inside is None:
+                return from_tensor(layers.InstanceNorm()(piece))
+            buffer = piece
+        elif n == 0 and piece.shape[1] * piece.element_size() * math.prod(m.size) <= keep:
             buffer = _room(m, piece)
-        if buffer is not None:
+        if buffer is not None and buffer is not piece:
             buffer[index(box)] = piece
         own = piece.to(torch.promote_types(piece.dtype, torch.float32)).contiguous()
-        # The kernel of GroupNorm gives both moments in one pass; its constant is in the root.
-        _, here, root = torch.native_group_norm(own, None, None, b, c, height * width, c, 1e-5)
-        here, spread = here.double(), root.double() ** -2
-        share = height * width / (seen + height * width)
-        away = here - mean
+        count, here, spread = _moments(own, _inside(m, box, tiling))
+        seen = seen + count
+        share, away = count / seen.clamp(min=1), here - mean
         mean = mean + share * away
         square = (1 - share) * square + share * spread + share * (1 - share) * away.square()
-        seen += height * width
     gain = square.rsqrt()
     offset = (-mean * gain).to(own.dtype)[..., None, None]
     gain = gain.to(own.dtype)[..., None, None]

@@ -7,6 +7,7 @@ __all__ = ['ScanTargets', 'ScanJob', 'plan_scan', 'time_one_slice', 'run_scan']
 
 # %% ../../nbs/6_inference/06_scan_job.ipynb #be52cba6
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable
@@ -22,8 +23,16 @@ from .. import __version__
 from ..core import ResourceError, SettingsError, fingerprint, process_memory, progress_bar
 from ..data.volume import Volume
 from .memory import BATCHES_IN_FLIGHT
-from .sr_slices import ScanSummary, SROptions, SRSlice, checked, super_resolve_slices
+from mmsr.inference.sr_slices import (
+    ScanSummary,
+    SROptions,
+    SRSlice,
+    checked,
+    super_resolve_slices,
+    uses_instance_norm,
+)
 from .super_resolve import check_memory, sr_outputs
+from .tiling import reach
 from ..networks.generators import G1
 from ..networks.weights import ModelCard
 from ..scans.output_plan import Output, OutputPlan, is_finished, plan_outputs, unfinished
@@ -54,12 +63,14 @@ class ScanJob(NamedTuple):
 
     volume: Volume
     mask: np.ndarray | None
+    lung: np.ndarray | None  # where InstanceNorm takes its statistics (R20)
     g1: G1
     card: ModelCard
     options: SROptions  # with numbers where "auto" stood
     output: OutputPlan
     overwrite: bool
     finished: bool  # an earlier call has made this very result, and it may stay
+    share: float  # of the pixels, which the network sees: without those far from the mask
     memory: int  # bytes beside what the process has now; does not grow with the number of slices
     disk: int  # bytes at most, of all outputs
 
@@ -71,16 +82,24 @@ class ScanJob(NamedTuple):
         needed = self.memory + process_memory(), self.disk
         memory, disk = (tqdm.format_sizeof(size, "B") for size in needed)
         total = timedelta(seconds=round(seconds * len(self.volume.array)))
+        norm = "the lung" if self.lung is not None else "the whole slice"
+        norms = [f"norm:   statistics of {norm} (R20)"] * uses_instance_norm(self.g1)
         return [
             f"scan:   {scan}",
             f"result: {sr}",
+            *norms,
             f"needs:  {memory} of memory, up to {disk} of disk",
             f"time:   about {seconds:.1f} s a slice, {total} (h:min:s) in all",
         ]
 
 # %% ../../nbs/6_inference/06_scan_job.ipynb #4eca7cfb
 def _job_key(
-    volume: Volume, g1: G1, card: ModelCard, options: SROptions, mask: np.ndarray | None
+    volume: Volume,
+    g1: G1,
+    card: ModelCard,
+    options: SROptions,
+    mask: np.ndarray | None,
+    lung: np.ndarray | None,
 ) -> dict[str, object]:
     """Collect what decides the result: two calls that agree in it may share their slices."""
     known = getattr(volume.array, "fingerprint", "")  # a lazy scan has been read once already
@@ -92,6 +111,7 @@ def _job_key(
         "window": card.clinical_window,
         "mask": None if mask is None else fingerprint(np.asarray(mask)),
         "blend_mm": options.blend_mm if mask is not None else None,
+        "statistics": None if lung is None else fingerprint(np.asarray(lung)),
         "exact_means": options.exact_means,
         # two devices, batches or versions may round a tie otherwise
         "arithmetic": [torch.device(options.device).type, options.precision],
@@ -138,6 +158,7 @@ def plan_scan(
     options: SROptions | None = None,
     *,
     mask: np.ndarray | None = None,
+    lung: np.ndarray | None = None,
     overwrite: bool = False,
 ) -> ScanJob:
     """Check a job once, and work out once all that it needs; refuse what could not end.
@@ -154,6 +175,8 @@ def plan_scan(
         How; the defaults without it.
     mask : ndarray of bool, shape of the volume, optional
         Outside it the bicubic-enlarged input stands.
+    lung : ndarray of bool, shape of the volume, optional
+        Where InstanceNorm takes its statistics (R20); else the mask, else what `lung_mask` finds.
     overwrite : bool
         Replace targets that exist, and unfinished work of another job.
 
@@ -169,18 +192,39 @@ def plan_scan(
     SettingsError, ShapeError, RangeError
         If scan, mask, options and generator do not go together.
     """
-    options, shape = checked(volume, g1, card, options, mask), volume.array.shape
+    options, lung = checked(volume, g1, card, options, mask, lung)
     volume = volume._replace(notes=(*volume.notes, *card.unlike(volume)))
     if options.uncertainty != (targets.uncertainty is not None):
         raise SettingsError("uncertainty: expected the option and a file for it, got one of them")
     made, paths = sr_outputs(volume, g1.settings.scale), targets._asdict()
     outputs = {name: Output(path, made[name]) for name, path in paths.items() if path is not None}
-    output = plan_outputs(outputs, _job_key(volume, g1, card, options, mask))
-    finished, memory, disk = not overwrite and is_finished(output), 0, 0
+    output = plan_outputs(outputs, _job_key(volume, g1, card, options, mask, lung))
+    finished, memory, disk, seen = not overwrite and is_finished(output), 0, 0, [(1, 1)]
     if not finished:
-        memory = check_memory(g1, shape, options, kept=QUEUE + 1 + int(options.batch))
+        seen = _seen(volume, g1, options, mask, lung)
+        kept = QUEUE + 1 + int(options.batch)
+        largest = max([*seen, (g1.min_size, g1.min_size)], key=math.prod)
+        memory = check_memory(g1, volume.array.shape, options, kept, largest)
         disk = _check_disk(output)
-    return ScanJob(volume, mask, g1, card, options, output, overwrite, finished, memory, disk)
+    share = sum(map(math.prod, seen)) / volume.array.size
+    facts = finished, share, memory, disk
+    return ScanJob(volume, mask, lung, g1, card, options, output, overwrite, *facts)
+
+
+def _seen(
+    volume: Volume, g1: G1, options: SROptions, mask: np.ndarray | None, lung: np.ndarray | None
+) -> list[tuple[int, int]]:
+    """List the rows and columns that the network takes of each slice: all, or those around the mask."""
+    _, height, width = volume.array.shape
+    if mask is None or (lung is None and uses_instance_norm(g1)):
+        return [(height, width)] * len(mask if mask is not None else volume.array)
+    far = reach(g1) + options.blend_mm / min(volume.spacing_mm[1:]) + 1
+    seen = []
+    for plane in mask:
+        rows, columns = (np.flatnonzero(plane.any(axis)) for axis in (1, 0))
+        tall, wide = (int(np.ptp(hit) + 1 + 2 * far) if hit.size else 0 for hit in (rows, columns))
+        seen.append((min(tall, height), min(wide, width)))
+    return seen
 
 
 def time_one_slice(job: ScanJob) -> float:
@@ -191,10 +235,12 @@ def time_one_slice(job: ScanJob) -> float:
         piece, batch = (min(shape[0], 96), min(shape[1], 96)), 1
     warm = batch * BATCHES_IN_FLIGHT  # each thread warms up
     lung = Volume(np.full((2 * warm, *piece), -800, np.int16), (1.0, 1.0, 1.0))
-    how = job.options.model_copy(update={"batch": batch})
-    slices = super_resolve_slices(lung, range(2 * warm), job.g1, job.card, how)
-    ready = [time.perf_counter() for _ in slices]
-    took = (ready[-1] - ready[warm - 1]) / warm
+    how = job.options.model_copy(update={"batch": batch, "statistics": "slice"})
+    took = 0.0
+    for mask, share in ((None, job.share), (lung.array == 0, 1 - job.share)):  # with it, without it
+        slices = super_resolve_slices(lung, range(2 * warm), job.g1, job.card, how, mask)
+        ready = [time.perf_counter() for _ in slices]
+        took += share * (ready[-1] - ready[warm - 1]) / warm
     return took * shape[0] * shape[1] / (piece[0] * piece[1])
 
 # %% ../../nbs/6_inference/06_scan_job.ipynb #2e3b1713
@@ -240,7 +286,9 @@ def run_scan(
         middle = missing[len(missing) // 2 : len(missing) // 2 + 1]
         wanted = [*middle, *(z for z in missing if z not in middle)]
         done = output.slices - len(missing) if part == (1, 1) else 0
-        slices = super_resolve_slices(job.volume, wanted, job.g1, job.card, job.options, job.mask)
+        slices = super_resolve_slices(
+            job.volume, wanted, job.g1, job.card, job.options, job.mask, job.lung
+        )
         total, what = len(missing) + done, "super-resolving"
         with progress_bar(total, what, unit="slice", initial=done, shown=progress) as bar:
             for one in slices:

@@ -21,10 +21,17 @@ from ..networks.weights import ModelCard
 from ..scans.output_plan import placeholder
 
 # %% ../../nbs/6_inference/05_super_resolve.ipynb #4c8de243
-def check_memory(g1: G1, shape: Sequence[int], options: SROptions, kept: int | None = None) -> int:
+def check_memory(
+    g1: G1,
+    shape: Sequence[int],
+    options: SROptions,
+    kept: int | None = None,
+    seen: tuple[int, int] | None = None,
+) -> int:
     """Return the bytes that a job on slices (z, h, w) takes; refuse it if there are not as many.
 
-    `kept` slices are held at once, by default all. Of a GPU, its own memory is not counted.
+    `kept` slices are held at once, by default all; of each the network sees `seen` rows and columns,
+    by default all. Of a GPU, its own memory is not counted.
     """
     count, height, width = shape
     scale, options = g1.settings.scale, options.resolved(g1, shape)
@@ -35,7 +42,7 @@ def check_memory(g1: G1, shape: Sequence[int], options: SROptions, kept: int | N
         work = batch * ((BATCHES_IN_FLIGHT + 1) * 2 * arrays * fine + BATCHES_IN_FLIGHT * noise)
     else:  # on the way to whole HU: an enlargement, a sum; with the spread, mean and squares too
         assert not isinstance(options.tile, str)
-        work = memory_needed(g1, (height, width), tile=options.tile, batch=batch)
+        work = memory_needed(g1, seen or (height, width), tile=options.tile, batch=batch)
         work += (6 if options.uncertainty else 2) * 4 * fine * batch
     need, have = work + (count if kept is None else kept) * each, available_memory()
     if need <= have:
@@ -89,6 +96,7 @@ def super_resolve(
     options: SROptions | None = None,
     *,
     mask: np.ndarray | None = None,
+    lung: np.ndarray | None = None,
     progress: bool = True,
     consistency: bool = True,
 ) -> SRResult:
@@ -104,6 +112,8 @@ def super_resolve(
         How; the defaults without it.
     mask : ndarray of bool, shape of the volume, optional
         Outside it the bicubic-enlarged input stands.
+    lung : ndarray of bool, shape of the volume, optional
+        Where InstanceNorm takes its statistics (R20); else the mask, else what `lung_mask` finds.
     progress : bool
         Show a progress bar over the slices.
     consistency : bool
@@ -120,8 +130,9 @@ def super_resolve(
     ResourceError
         If memory would not suffice.
     """
-    options, count = checked(volume, g1, card, options, mask), len(volume.array)
+    options, lung = checked(volume, g1, card, options, mask, lung)
     volume = volume._replace(notes=(*volume.notes, *card.unlike(volume)))
+    count = len(volume.array)
     check_memory(g1, volume.array.shape, options)
     made = {
         name: one._replace(array=np.empty(one.array.shape, one.array.dtype))
@@ -129,7 +140,7 @@ def super_resolve(
         if {"consistency": consistency, "uncertainty": options.uncertainty}.get(name, True)
     }
     facts = []
-    slices = super_resolve_slices(volume, range(count), g1, card, options, mask)
+    slices = super_resolve_slices(volume, range(count), g1, card, options, mask, lung)
     with progress_bar(count, "super-resolving", unit="slice", shown=progress) as bar:
         for one in slices:
             for name, whole in made.items():
