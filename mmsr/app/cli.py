@@ -141,7 +141,8 @@ def super_resolve(
     A job that was stopped goes on when the same command is given again; one that is finished is
     said to be. A picture that cannot be written is no failure of the job.
     """
-    from mmsr.evaluation.protocols import find_lung, find_weights
+    from mmsr.data.masks import lung_mask
+    from mmsr.evaluation.protocols import find_weights
     from mmsr.inference.scan_job import ScanTargets, plan_scan, time_one_slice
     from mmsr.inference.sr_slices import SROptions
     from mmsr.networks.weights import load_generator
@@ -165,9 +166,10 @@ def super_resolve(
     volume = read_volume(scan, slices=wanted, lazy=True, **how)
     if RESEARCH_ONLY in volume.notes and not force:
         raise FileError(f"{scan}: is itself super-resolved; give what it was made from, or --force")
-    inside = find_lung(volume) if lung_only and mask is None else None
-    if mask is not None:
-        inside = read_mask(mask, volume)
+    inside = read_mask(mask, volume) if mask is not None else None
+    if lung_only and inside is None:  # in the whole scan, as few slices may mislead
+        whole = volume if wanted is None else read_volume(scan, lazy=True, **how)
+        inside = lung_mask(whole, slices=wanted)
     job = plan_scan(volume, targets, g1, card, options, mask=inside, overwrite=overwrite)
     if job.finished:
         echo(f"{out}: {_FINISHED}")

@@ -156,9 +156,14 @@ def _known(made: PhantomCase, scale: int) -> tuple[Volume | None, dict[str, np.n
 
 def _patient(settings: PrepareSettings, i: int, path: Path) -> Case:
     """Read clinical scan number `i`, and choose three sites in its lung to show."""
-    volume = read_volume(path, slices=settings.clinical_slices)
+    wanted = settings.clinical_slices
+    volume = read_volume(path, slices=wanted)
     masks = paths_of(settings.clinical_mask)
-    mask = read_mask(masks[i], volume) if masks else lung_mask(volume)
+    if masks:
+        mask = read_mask(masks[i], volume)
+    else:  # in the whole scan, as few slices may mislead
+        whole = volume if wanted is None else read_volume(path, lazy=True)
+        mask = lung_mask(whole, slices=wanted)
     margin = 16
     inner = mask[:, margin:-margin, margin:-margin]
     sites = np.flatnonzero(inner)
