@@ -141,8 +141,7 @@ def super_resolve(
     A job that was stopped goes on when the same command is given again; one that is finished is
     said to be. A picture that cannot be written is no failure of the job.
     """
-    from mmsr.data.masks import lung_mask
-    from mmsr.evaluation.protocols import find_weights
+    from mmsr.evaluation.protocols import find_weights, lung_mask
     from mmsr.inference.scan_job import ScanTargets, plan_scan, time_one_slice
     from mmsr.inference.sr_slices import SROptions
     from mmsr.networks.weights import load_generator
