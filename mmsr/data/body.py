@@ -14,6 +14,8 @@ import numpy as np
 from numpy import ndarray
 from scipy import ndimage
 
+from .volume import AIR_HU
+
 # %% ../../nbs/1_data/06b_body.ipynb #5fb26186
 def filled(mask: ndarray) -> ndarray:
     """Fill what the mask encloses; in numpy's order of axes, as the library's is the other one."""
@@ -67,7 +69,7 @@ def repeated(coarse: ndarray, steps: Sequence[int], shape: Sequence[int]) -> nda
 
 # %% ../../nbs/1_data/06b_body.ipynb #82e594b9
 WALL_MM = 8.0  # a grown body's wall is thicker, a table's skin or a blanket thinner
-ROOM_HU = -970.0  # the mean of a centimetre of the room's air is lower
+ROOM_HU = AIR_HU + 30  # the mean of a centimetre of the room's air is lower
 FOAM_HU = -880.0  # foam is darker, and of one grey
 
 
