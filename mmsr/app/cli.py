@@ -151,7 +151,7 @@ def super_resolve(
     A job that was stopped goes on when the same command is given again; one that is finished is
     said to be. A picture that cannot be written is no failure of the job.
     """
-    from mmsr.evaluation.protocols import find_lung, find_weights
+    from mmsr.evaluation.protocols import find_weights, lung_mask
     from mmsr.inference.scan_job import ScanTargets, plan_scan, time_one_slice
     from mmsr.inference.sr_slices import SROptions
     from mmsr.networks.weights import load_generator
@@ -175,8 +175,10 @@ def super_resolve(
     volume = read_volume(scan, slices=slices, lazy=True, reorient=reorient, **how)
     if RESEARCH_ONLY in volume.notes and not force:
         raise FileError(f"{scan}: is itself super-resolved; give what it was made from, or --force")
-    inside = None if mask is None else read_mask(mask, volume)
-    inside = find_lung(volume) if lung_only and mask is None else inside
+    inside = read_mask(mask, volume) if mask is not None else None
+    if lung_only and inside is None:  # in the whole scan, as few slices may mislead
+        whole = read_volume(scan, lazy=True, reorient=reorient, **how) if slices else volume
+        inside = lung_mask(whole, slices=slices)
     job = plan_scan(volume, targets, g1, card, options, mask=inside, overwrite=overwrite)
     if job.finished:
         echo(f"{out}: {_FINISHED}")

@@ -159,10 +159,14 @@ def _known(made: PhantomCase, scale: int) -> tuple[Volume | None, dict[str, np.n
 
 def _patient(settings: PrepareSettings, i: int, path: Path) -> Case:
     """Read clinical scan number `i`, and choose three sites in its lung to show."""
-    reorient = settings.clinical_reorient
-    volume = read_volume(path, slices=settings.clinical_slices, reorient=reorient)
+    wanted, reorient = settings.clinical_slices, settings.clinical_reorient
+    volume = read_volume(path, slices=wanted, reorient=reorient)
     masks = paths_of(settings.clinical_mask)
-    mask = read_mask(masks[i], volume) if masks else lung_mask(volume)
+    if masks:
+        mask = read_mask(masks[i], volume)
+    else:  # in the whole scan, as few slices may mislead
+        whole = volume if wanted is None else read_volume(path, lazy=True, reorient=reorient)
+        mask = lung_mask(whole, slices=wanted)
     margin = 16
     inner = mask[:, margin:-margin, margin:-margin]
     sites = np.flatnonzero(inner)

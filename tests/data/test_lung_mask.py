@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bodies import FULL, WITH_LUNGS, WITHOUT, Situation
 from peak import PEAK_BYTES
 
-from mmsr.core import FileError, GeometryError, RangeError
+from mmsr.core import FileError, GeometryError, RangeError, ResourceError
+from mmsr.data import masks
 from mmsr.data.masks import lung_mask, specimen_mask
 from mmsr.data.volume import Volume
 from mmsr.data.windows import micro_window
@@ -340,3 +342,60 @@ def test_constant_and_tiny_micro_volumes_are_refused():
     ):
         with pytest.raises(RangeError, match="by hand"):
             micro_window(Volume(array, (0.05,) * 3, modality="micro", unit="grey"))
+
+
+def dice(mask: np.ndarray, truth: np.ndarray) -> float:
+    return 2 * (mask & truth).sum() / (mask.sum() + truth.sum())
+
+
+def agrees(situation: Situation) -> None:
+    volume, truth = situation.build()
+    assert dice(lung_mask(volume), truth) > 0.97
+
+
+@pytest.mark.parametrize("situation", WITH_LUNGS, ids=lambda s: s.name)
+def test_built_lungs_are_found_and_nothing_else(situation: Situation) -> None:
+    agrees(situation)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("situation", FULL, ids=lambda s: s.name)
+def test_built_lungs_at_full_size(situation: Situation) -> None:
+    agrees(situation)
+
+
+@pytest.mark.parametrize("situation", WITHOUT, ids=lambda s: s.name)
+def test_where_no_lung_is_none_is_found(situation: Situation) -> None:
+    with pytest.raises(RangeError, match="no lung found"):
+        lung_mask(situation.build()[0])
+
+
+def test_few_slices_are_cut_from_the_mask_of_the_scan(tmp_path) -> None:
+    volume, _ = Situation("scan", slices=24, centre=45, table="mattress", blanket=True).build()
+    whole = lung_mask(volume)
+    write_volume(tmp_path / "scan.mha", volume)
+    lazy = read_volume(tmp_path / "scan.mha", lazy=True)
+    for first, last in ((0, 24), (23, 24), (14, 16)):
+        assert (lung_mask(lazy, slices=(first, last)) == whole[first:last]).all()
+    with pytest.raises(RangeError, match="no lung found in 2 slices"):
+        lung_mask(lazy, slices=(0, 2))  # below the lungs, which the rest shows
+    with pytest.raises(RangeError, match="slices"):
+        lung_mask(lazy, slices=(20, 30))
+
+
+def test_slices_around_are_bounded(monkeypatch) -> None:
+    volume, truth = Situation("scan", slices=12).build()
+    looked_at = []
+    inner = masks._airlike
+    monkeypatch.setattr(masks, "_airlike", lambda a, t: looked_at.append(len(a)) or inner(a, t))
+    monkeypatch.setattr(masks, "MOST_SLICES", 4)
+    for first, last in ((0, 1), (6, 8), (11, 12), (2, 9)):
+        mask = lung_mask(volume, slices=(first, last))
+        assert dice(mask, truth[first:last]) > 0.97
+    assert looked_at == [4, 4, 4, 7]
+    a_slice = 11 * truth[0].size
+    monkeypatch.setattr(masks, "available_memory", lambda: 3 * a_slice)
+    assert lung_mask(volume, slices=(5, 7)).shape == (2, *truth.shape[1:])
+    assert looked_at[-1] == 3
+    with pytest.raises(ResourceError, match="some slices at a time"):
+        lung_mask(volume)
