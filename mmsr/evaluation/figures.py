@@ -20,7 +20,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 from .. import core
 from ..core import RESEARCH_ONLY, RangeError, SettingsError, ShapeError, add_scale_bar
 from ..data.volume import Volume, block_mean
-from ..inference.sr_slices import SRSlice, enlarge_bicubic
+from ..inference.sr_slices import SRSlice
+from ..inference.two_grids import enlarge_bicubic
 from ..losses.mmsr import MMSRTerms
 from ..scans.scan_summary import Plane, radiological_view
 from ..training.run_folder import read_history

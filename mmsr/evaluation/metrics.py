@@ -18,7 +18,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from ..core import RangeError, ShapeError
 from ..data.volume import block_mean, enlarge_nearest
-from ..inference.sr_slices import enlarge_bicubic
+from ..inference.two_grids import enlarge_bicubic
 
 # %% ../../nbs/7_evaluation/01_metrics.ipynb #647b91fa
 def _pair(image: np.ndarray, truth: np.ndarray, data_range: float = 1.0) -> np.ndarray:

@@ -19,7 +19,7 @@ from ..data.masks import lung_mask
 from ..data.volume import Volume, enlarge_nearest, sr_geometry
 from ..data.windows import CLINICAL_WINDOW
 from .metrics import Measures, mean_measures, measure_slice
-from ..inference.sr_slices import enlarge_bicubic
+from ..inference.two_grids import enlarge_bicubic
 from ..networks.weights import BUNDLED
 from ..scans.cases import Case, NonEmpty, paths_of, prepared_cases
 from ..scans.read import read_volume

@@ -29,7 +29,7 @@ from mmsr.core import FileError, MMSRError, ResourceError, SettingsError, ShapeE
 from mmsr.data.patches import open_bank
 from mmsr.data.sampling import split_cases
 from mmsr.evaluation.protocols import Model, columns_of, measure_case
-from mmsr.inference.sr_slices import enlarge_bicubic
+from mmsr.inference.two_grids import enlarge_bicubic
 from mmsr.networks.weights import load_generator
 from mmsr.scans.cases import open_case, prepared_cases, read_prepared
 from mmsr.scans.read import read_volume

@@ -9,10 +9,11 @@ from test_tiling import ARCHITECTURES, NORMS, slices, small_tiles  # noqa: F401
 
 from mmsr.core import RangeError, seeded
 from mmsr.data.volume import block_mean
-from mmsr.inference import sr_slices
+from mmsr.inference import sr_slices, two_grids
 from mmsr.inference.scan_job import ScanTargets, plan_scan
-from mmsr.inference.sr_slices import LEAST_HU, MIN_STATISTICS, SROptions, super_resolve_slices
+from mmsr.inference.sr_slices import SROptions, super_resolve_slices
 from mmsr.inference.tiling import sr_slice
+from mmsr.inference.two_grids import LEAST_HU, MIN_STATISTICS
 from mmsr.networks.layers import InstanceNorm
 from mmsr.networks.weights import build_g1
 
@@ -86,7 +87,7 @@ def test_around_a_mask_is_what_the_whole_slice_gives(
     around = list(super_resolve_slices(volume, range(3), g1, record_of(g1), options, lung))
     assert len(made) == 2
     assert all((bottom - top) < 40 for (top, bottom), _ in made)
-    monkeypatch.setattr(sr_slices, "_around", lambda weight: None)
+    monkeypatch.setattr(sr_slices, "box_of", lambda weight: None)
     whole = list(super_resolve_slices(volume, range(3), g1, record_of(g1), options, lung))
     for one, other in zip(around, whole, strict=True):
         apart = np.abs(one.sr.astype(int) - other.sr)
@@ -114,14 +115,14 @@ def test_the_body_is_no_part_of_the_lungs_statistics() -> None:
 
 def test_a_small_lung_is_widened_and_none_is_the_slice() -> None:
     lung = np.zeros((64, 64), bool)
-    assert sr_slices._enough(lung).all()
+    assert two_grids.enough(lung).all()
     lung[30:33, 30:33] = True
-    wide = sr_slices._enough(lung)
+    wide = two_grids.enough(lung)
     assert MIN_STATISTICS <= wide.sum() < 2 * MIN_STATISTICS
     assert wide[30:33, 30:33].all()
     lung[:32] = True
-    assert sr_slices._enough(lung) is lung
-    assert sr_slices._enough(np.zeros((4, 4), bool)).all()  # smaller than a patch
+    assert two_grids.enough(lung) is lung
+    assert two_grids.enough(np.zeros((4, 4), bool)).all()  # smaller than a patch
 
 
 def test_which_statistics_are_taken_and_told(tmp_path) -> None:

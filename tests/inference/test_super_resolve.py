@@ -10,8 +10,9 @@ import torch
 from mmsr.core import MMSRError, ResourceError, seeded
 from mmsr.data.volume import Volume, block_mean
 from mmsr.data.windows import CLINICAL_WINDOW
-from mmsr.inference.sr_slices import SROptions, _ahead, enlarge_bicubic, super_resolve_slices
+from mmsr.inference.sr_slices import SROptions, _ahead, super_resolve_slices
 from mmsr.inference.super_resolve import super_resolve
+from mmsr.inference.two_grids import enlarge_bicubic
 from mmsr.networks.generators import G1Settings, SRGenerator
 from mmsr.networks.weights import ModelCard, build_g1
 
