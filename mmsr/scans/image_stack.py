@@ -76,9 +76,8 @@ def _said_beside(
         if kind not in (".log", ".xtekct") or not (near or len(files) > 1) or not path.is_file():
             continue
         fields = _side_file(path)
-        section = "xtekct" if kind == ".xtekct" else "reconstruction"
-        if section == "reconstruction" and f"{section}/pixel size (um)" not in fields:
-            section = "acquisition"
+        made = "reconstruction" if "reconstruction/pixel size (um)" in fields else "acquisition"
+        section = "xtekct" if kind == ".xtekct" else made
         word, unit, keys = _SECTIONS[section]
         names = [f"voxelsize{a}" for a in "zyx"] if section == "xtekct" else [word] * 3
         *sizes, slices, high, wide = (fields.get(f"{section}/{k}", "") for k in (*names, *keys))

@@ -109,18 +109,6 @@ def read_tiff(path: Path) -> list[ImageFile]:
     return [ImageFile("TIFF", path, stacked[0], size, dtype, white, lossy, named, said)]
 
 # %% ../../nbs/5_scans/10_tiff_stack.ipynb #7769948b
-def _tiff_page(tif: Any, z: int) -> np.ndarray:
-    """Read one page (y, x) of an open TIFF file."""
-    series = tif.series[0]
-    shape, dtype = series.shape[-2:], series.dtype.newbyteorder(tif.byteorder)
-    if series.dataoffset is None:
-        return series.pages[z].asarray(maxworkers=1).reshape(shape)
-    # plain pixels one after the other; ImageJ lists only the first page
-    place = series.dataoffset + z * math.prod(shape) * dtype.itemsize
-    with tif.filehandle.lock:
-        return tif.filehandle.read_array(dtype, math.prod(shape), place).reshape(shape)
-
-
 def open_tiff(options: ReadOptions, files: list[ImageFile]) -> SliceSource:
     """Open a TIFF stack of one file with many pages, or of many files with one."""
 
@@ -130,7 +118,14 @@ def open_tiff(options: ReadOptions, files: list[ImageFile]) -> SliceSource:
 
     def page(path: Path, z: int) -> np.ndarray:
         held = opened(path, os.getpid())
-        return _tiff_page(held.file, z)
+        tif, series = held.file, held.file.series[0]
+        shape, dtype = series.shape[-2:], series.dtype.newbyteorder(tif.byteorder)
+        if series.dataoffset is None:
+            return series.pages[z].asarray(maxworkers=1).reshape(shape)
+        # plain pixels one after the other; ImageJ lists only the first page
+        place = series.dataoffset + z * math.prod(shape) * dtype.itemsize
+        with tif.filehandle.lock:
+            return tif.filehandle.read_array(dtype, math.prod(shape), place).reshape(shape)
 
     return open_images(options, files, page)
 
