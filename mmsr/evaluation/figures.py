@@ -247,8 +247,7 @@ def overview(volume: Volume, one: SRSlice, *, title: str = "", panel_in: float =
     Figure
         Six panels.
     """
-    across, down, _ = np.reshape(volume.direction, (3, 3)).T
-    axes_mm = np.stack([down, across], 1)
+    axes_mm = np.reshape(volume.direction, (3, 3))[:, 1::-1]  # down and across
     images = (volume.array[one.z], one.sr, np.abs(one.consistency))
     views = [radiological_view(Plane("", image, None), axes_mm) for image in images]
     low, high, consistency = (view.image for view in views)

@@ -151,12 +151,10 @@ class ModelCard(Settings):
         kernels, kernel = self.training.get("kernels", []), getattr(volume.source, "kernel", "")
         notes = []
         for axis, what, much in ((1, "pixels of {} mm", 1.3), (0, "slices {} mm apart", 2.0)):
-            size = volume.spacing_mm[axis]
-            if len(seen) and not seen[:, axis].min() / much < size < seen[:, axis].max() * much:
-                sizes = " to ".join(
-                    f"{s:.3g}" for s in sorted({*seen[:, axis]})[:: len(seen) - 1 or 1]
-                )
-                notes.append(f"{what.format(f'{size:.3g}')}, the weights have seen {sizes} mm")
+            size, sizes = volume.spacing_mm[axis], seen[:, axis]
+            if len(seen) and not sizes.min() / much < size < sizes.max() * much:
+                ends = " to ".join(dict.fromkeys(f"{s:.3g}" for s in (sizes.min(), sizes.max())))
+                notes.append(f"{what.format(f'{size:.3g}')}, the weights have seen {ends} mm")
         if kernels and kernel and kernel not in kernels:
             notes.append(f"kernel {kernel}, the weights have seen {', '.join(kernels)}")
         return tuple(f"unlike the training: {note}; judge the detail with care" for note in notes)

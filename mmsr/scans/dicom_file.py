@@ -280,13 +280,9 @@ def _faults(head: DicomSlice, kinds: tuple[str, ...]) -> Iterator[str]:
     if not (1 <= rows <= _SIDE_MAX and 1 <= columns <= _SIDE_MAX):
         got = f"{rows:g} x {columns:g}"
         yield f"expected 1 to {_SIDE_MAX} Rows and Columns, got {got}; export it again"
-    bits = [tags[t] for t in ("BitsAllocated", "BitsStored", "HighBit")]
-    stored = bits[1] or 0
-    if (
-        bits[0] not in (8, 16, 32)
-        or not 1 <= stored <= bits[0]
-        or bits[2] not in (None, stored - 1)
-    ):
+    bits = allocated, stored, high = [tags[t] for t in ("BitsAllocated", "BitsStored", "HighBit")]
+    fits = allocated in (8, 16, 32) and 1 <= (stored or 0) <= allocated
+    if not fits or high not in (None, stored - 1):
         wanted = "8, 16 or 32 BitsAllocated, BitsStored in the lowest ones, HighBit"
         yield f"expected {wanted}, got {numbers_line(bits)}; export it again"
     if (sign := tags["PixelRepresentation"]) not in (0, 1):

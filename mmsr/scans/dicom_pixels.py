@@ -93,7 +93,7 @@ def _cells(data: bytes, head: DicomSlice) -> np.ndarray:
 def _stored(cells: np.ndarray, options: ReadOptions, head: DicomSlice) -> np.ndarray:
     """Read cells as signed or unsigned numbers of BitsStored bits."""
     size, bits = cells.dtype.itemsize, int(head.tags["BitsStored"])
-    values = cells.view(f"<{'i' if head.tags['PixelRepresentation'] == 1 else 'u'}{size}")
+    values = cells.view(stored_type(head.tags))
     if not (unused := 8 * size - bits):
         return values
     inside = (values << unused) >> unused

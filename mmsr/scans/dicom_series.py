@@ -184,14 +184,11 @@ def _slices_of_series(options: ReadOptions, heads: Sequence[DicomSlice]) -> list
     """
     namesakes = len({h.path.name for h in heads}) < len({h.path for h in heads})
     found = scan_series([h._replace(namesakes=namesakes) for h in heads])
-    kinds = MODALITIES[options.modality]
     if not found:
         raise FileError(f"{options.name}: expected DICOM slices, got none; name their folder")
-    able = [
-        one
-        for one in found
-        if any(h.tags["Modality"] in kinds and not h.is_report for h in one.heads)
-    ] or found
+    kinds = set(MODALITIES[options.modality])
+    able = [s for s in found if kinds & {h.tags["Modality"] for h in s.heads if not h.is_report}]
+    able = able or found
     if options.series is None and len(able) > 1:
         number = likeliest(options, able).number
         own = [s.own_number for s in found if s.number != number]
@@ -243,8 +240,7 @@ def _open(options: ReadOptions, heads: Sequence[DicomSlice]) -> SliceSource:
         options.notes.append(text)
     shape = len(heads), int(tags["Rows"]), int(tags["Columns"])
     check_spacing(options, grid.spacing_mm)  # the file's own, whatever the caller gives
-    blocks = partial(decode_slices, options, heads, kind)
-    stack = SliceSource(shape, kind, grid, blocks, source)
+    stack = SliceSource(shape, kind, grid, partial(decode_slices, options, heads, kind), source)
     return resample_to_regular_grid(options, stack, places) if bent else stack
 
 

@@ -7,10 +7,10 @@ __all__ = ['Said', 'PICTURES', 'ImageFile', 'open_images']
 
 # %% ../../nbs/5_scans/09_image_stack.ipynb #08ee73c9
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from statistics import mode
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +33,7 @@ def _numbering(options: ReadOptions, paths: list[Path]) -> int:
         return 1
     numbers = [[int(n) for n in re.findall(r"\d+", path.stem)] for path in paths]
     steps = [tuple(np.subtract(b, a).tolist()) for a, b in pairwise(numbers)]
-    ((usual, _),) = Counter(steps).most_common(1) or [((1,), 1)]
+    usual = mode(steps or [(1,)])
     if uneven := [k for k, step in enumerate(steps) if step != usual]:
         doubt(uneven[0], "an even numbering", "add the missing slices")
     elif min(usual, default=0) < 0 or not any(usual):
@@ -42,6 +42,14 @@ def _numbering(options: ReadOptions, paths: list[Path]) -> int:
 
 # %% ../../nbs/5_scans/09_image_stack.ipynb #15562bf3
 Said = tuple[tuple[float, float, float], str]  # a voxel size in mm (z, y, x), and who says so
+
+
+_SKYSCAN = ("sections count", "result image height (pixels)", "result image width (pixels)")
+_SECTIONS = {  # of side files: the voxel size, its unit in mm; slices, height and width
+    "xtekct": ("voxel size", 1.0, ("voxelsz", "voxelsy", "voxelsx")),
+    "reconstruction": ("pixel size (um)", 1e-3, _SKYSCAN),
+    "acquisition": ("image pixel size (um)", 1e-3, ("", "number of rows", "number of columns")),
+}
 
 
 def _side_file(path: Path) -> dict[str, str]:
@@ -64,49 +72,35 @@ def _said_beside(
     said: list[Said] = []
     steps: list[float] = []
     for path in sorted(files[0].parent.iterdir()):
-        kind = path.suffix.lower()
-        ours = len(files) > 1 or files[0].stem.startswith(path.stem)
-        if kind not in (".log", ".xtekct") or not ours or not path.is_file():
+        kind, near = path.suffix.lower(), files[0].stem.startswith(path.stem)
+        if kind not in (".log", ".xtekct") or not (near or len(files) > 1) or not path.is_file():
             continue
-        fields, made, step, unit = _side_file(path), True, "1", 1.0
-        if kind == ".xtekct":
-            section, word = "xtekct", "voxel size"
-            sizes = [fields.get(f"xtekct/voxelsize{a}", "") for a in "zyx"]
-            held = [fields.get(f"xtekct/voxels{a}") for a in "zyx"]
-        else:
-            section, word, unit = "reconstruction", "pixel size (um)", 1e-3
-            if f"{section}/{word}" not in fields:
-                section, word = "acquisition", "image pixel size (um)"
-            sizes = [fields.get(f"{section}/{word}", "")] * 3
-            step = fields.get("reconstruction/section to section step", "1")
-            made = any(key.startswith("reconstruction/") for key in fields)
-            keys = ("sections count", "result image height (pixels)", "result image width (pixels)")
-            rows = ("", "acquisition/number of rows", "acquisition/number of columns")
-            held = [fields.get(key) for key in ([f"{section}/{k}" for k in keys] if made else rows)]
+        fields = _side_file(path)
+        made = "reconstruction" if "reconstruction/pixel size (um)" in fields else "acquisition"
+        section = "xtekct" if kind == ".xtekct" else made
+        word, unit, keys = _SECTIONS[section]
+        names = [f"voxelsize{a}" for a in "zyx"] if section == "xtekct" else [word] * 3
+        *sizes, slices, high, wide = (fields.get(f"{section}/{k}", "") for k in (*names, *keys))
         try:
             z, y, x = (float(s) * unit for s in sizes)
-            steps.append(float(step))
+            steps.append(float(fields.get("reconstruction/section to section step", "1")))
         except ValueError:
             continue  # a log of something else
         said.append(((z * steps[-1], y, x), f"{path.name}, [{section}] {word}"))
-        _check_beside(options._replace(name=path.name), made, held, (count, *size))
+        fits, refuse = [high, wide] == list(map(str, size)), options._replace(name=path.name)
+        if section == "acquisition":  # its numbers are those of projections, not of slices
+            if fits and not any(key.startswith("reconstruction/") for key in fields):
+                text = "got X-ray projections of that size; reconstruct them"
+                refuse.refuse_unless_forced(GeometryError, f"expected slices beside it, {text}")
+        elif high and wide and not fits:
+            text = f"expected slices of {high} × {wide} pixels beside it, got {size[0]} × {size[1]}"
+            raise GeometryError(f"{path.name}: {text}; take it away and give voxel_mm=…")
+        elif slices not in ("", str(count)):
+            text = f"expected {slices} slices beside it, got {count}; add the missing ones"
+            refuse.refuse_unless_forced(
+                GeometryError, f"{text}, or take it away and give voxel_mm=…"
+            )
     return said, steps
-
-
-def _check_beside(
-    options: ReadOptions, made: bool, held: list[str | None], shape: tuple[int, int, int]
-) -> None:
-    """Refuse a stack that is not what its side file describes: slices, height and width, as text."""
-    count, *sides = map(str, shape)
-    if made and all(held[1:]) and held[1:] != sides:
-        text = f"expected slices of {held[1]} × {held[2]} pixels beside it, got {' × '.join(sides)}"
-        raise GeometryError(f"{options.name}: {text}; take it away and give voxel_mm=…")
-    if not made and held[1:] == sides:
-        text = "expected slices beside it, got X-ray projections of that size; reconstruct them"
-        options.refuse_unless_forced(GeometryError, text)
-    if held[0] not in (None, count):
-        text = f"expected {held[0]} slices beside it, got {count}; add the missing ones"
-        options.refuse_unless_forced(GeometryError, f"{text}, or take it away and give voxel_mm=…")
 
 # %% ../../nbs/5_scans/09_image_stack.ipynb #d81a2114
 class ImageFile(NamedTuple):
@@ -185,21 +179,25 @@ def open_images(
     return SliceSource((count, *one.size), one.dtype, grid, blocks)
 
 # %% ../../nbs/5_scans/09_image_stack.ipynb #402cfb2b
+_ENDINGS = {"PNG": (".png",), "BMP": (".bmp",), "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc")}
+
+
 def _read_picture(path: Path) -> list[ImageFile]:
     """Read what a picture says of itself, without its pixels; refuse what is not grey."""
     from PIL import Image
 
     try:
-        with Image.open(path, formats=("PNG", "BMP", "JPEG2000")) as image:
-            name, (width, height), bits = str(image.format), image.size, _BITS.get(image.mode)
+        with Image.open(path, formats=list(_ENDINGS)) as image:
+            name, (width, height) = str(image.format), image.size
+            kind = {"L": "u1", "I;16": "u2"}.get(image.mode, "")
             few = str(image.tile[0][3]).startswith("L;")  # 2 or 4 bits, enlarged to 8
     except Exception as e:  # Pillow fails in many ways
         text = "is not a PNG, BMP or JPEG 2000 that can be read, or is cut short; copy it again"
         raise FileError(text) from e
-    if bits is None or few:
+    if not kind or few:
         raise FileError("expected grey of 8 or 16 bits, got colour or others; convert it")
-    size, lossy = (height, width), name == "JPEG2000"
-    return [ImageFile(name, path, 1, size, np.dtype(f"u{bits // 8}"), lossy=lossy)]
+    lossy = name == "JPEG2000"
+    return [ImageFile(name, path, 1, (height, width), np.dtype(kind), lossy=lossy)]
 
 
 def _open_pictures(options: ReadOptions, files: list[ImageFile]) -> SliceSource:
@@ -211,8 +209,6 @@ def _open_pictures(options: ReadOptions, files: list[ImageFile]) -> SliceSource:
     return open_images(options, files, lambda path, _: unpack(path.read_bytes()))
 
 
-_BITS = {"L": 8, "I;16": 16}  # what Pillow calls grey
-_ENDINGS = {"PNG": (".png",), "BMP": (".bmp",), "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc")}
 PICTURES = [
     Format(name, endings, _read_picture, _open_pictures, many=True, modality="micro")
     for name, endings in _ENDINGS.items()

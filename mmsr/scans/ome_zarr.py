@@ -73,15 +73,14 @@ def _numbers(values: Any, count: int) -> np.ndarray:
 
 def _placed(header: Header, image: dict[str, Any], units: list[float | None]) -> Header:
     """Add voxel size and place, in mm, from the transformations of level 0 and of all levels."""
-    rank, own = len(image["axes"]), image["datasets"][0].get("coordinateTransformations", [])
-    common = image.get("coordinateTransformations", [])
-    steps = [*own, *common]
+    holders, rank = (image["datasets"][0], image), len(image["axes"])
+    own, common = (holder.get("coordinateTransformations", []) for holder in holders)
     doubled = [step for step in own if step in common and set(step.get("scale", [1])) - {1}]
     if doubled:  # once for level 0 and once for all: as meant, or written in both places?
         text = "contradicts itself: level 0 and the whole have the same scale; mend its metadata"
         header = header._replace(doubts=(*header.doubts, text))
     scale, shift = np.ones(rank), np.zeros(rank)
-    for step in steps:
+    for step in (*own, *common):
         kind = step["type"]
         if kind == "scale":
             scale, shift = (a * _numbers(step["scale"], rank) for a in (scale, shift))
@@ -89,7 +88,7 @@ def _placed(header: Header, image: dict[str, Any], units: list[float | None]) ->
             shift = shift + _numbers(step["translation"], rank)
         elif kind != "identity":
             raise ValueError(kind)
-    if None in units or "scale" not in [step["type"] for step in steps]:
+    if None in units or "scale" not in [step["type"] for step in (*own, *common)]:
         return header
     in_mm = np.array(units, float)[::-1]
     spacing, origin = (tuple((one[:-4:-1] * in_mm).tolist()) for one in (scale, shift))  # x, y, z

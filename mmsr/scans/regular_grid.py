@@ -171,14 +171,10 @@ def as_axial(options: ReadOptions, stack: SliceSource) -> SliceSource:
     first = np.zeros(3)  # the stored voxel (x, y, z) that becomes the first
     first[order] = over * (np.array(stack.shape[::-1])[order] - 1)
     array = np.flip(stored.T.transpose(order), tuple(np.flatnonzero(over).tolist())).T
+    planes = [(plane, padding) for plane in array]
     sx, sy, sz = np.array(stack.grid.spacing_mm[::-1])[order].tolist()
     x, y, z = stack.grid.world_mm(first[::-1]).tolist()
     turn = (axes[:, order] * np.where(over, -1, 1)).ravel() + 0.0
     grid = Grid((sz, sy, sx), (x, y, z), tuple(turn.tolist()))
     options.notes.append(f"stored as {kind} slices: turned to axial ones")
-    return SliceSource(
-        array.shape,
-        stack.dtype,
-        grid,
-        lambda first, last: ((plane, padding) for plane in array[first:last]),
-    )
+    return SliceSource(array.shape, stack.dtype, grid, lambda first, last: iter(planes[first:last]))

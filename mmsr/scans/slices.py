@@ -18,15 +18,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from mmsr.core import (
-    FileError,
-    GeometryError,
-    MMSRError,
-    RangeError,
-    ResourceError,
-    SettingsError,
-    available_memory,
-)
+from .. import core
+from ..core import FileError, GeometryError, MMSRError, RangeError, ResourceError, SettingsError
 from ..data.volume import AIR_HU, DicomSource, Grid, Slices, Volume, slice_range
 
 # %% ../../nbs/5_scans/01_slices.ipynb #415d6be4
@@ -263,7 +256,7 @@ def volume_of(options: ReadOptions, stack: SliceSource, *, lazy: bool = False) -
     first, last = slice_range(options.slices, stack.shape[0], options.name)
     shape, clinical = (last - first, *stack.shape[1:]), options.modality == "clinical"
     dtype, table, total = np.dtype(np.int16) if clinical else stack.dtype, np.empty(0), 0
-    need, free = math.prod(shape) * dtype.itemsize, available_memory()
+    need, free = math.prod(shape) * dtype.itemsize, core.available_memory()
     if need > free and not lazy:
         text = f"takes {need / 1e9:.2f} GB of memory, got {free / 1e9:.2f} GB; read fewer slices"
         raise ResourceError(f"{options.name}: {text}, or one at a time (lazy=True)")

@@ -158,21 +158,19 @@ def read_metaimage(path: Path) -> Header:
 
     doubts: list[str] = []
 
-    def numbers(count: int, *keys: str) -> np.ndarray | None:
+    def numbers(count: int, *keys: str) -> tuple[float, ...] | None:
         """Look up numbers that have several names; doubt two that differ."""
         said = [key for key in keys if key in fields]
         values = [np.reshape([float(v) for v in fields[key].split()], count) for key in said]
         if not all(np.allclose(values[0], other, 1e-3, 1e-3) for other in values[1:]):
             doubts.append(f"contradicts itself: {' and '.join(said)} differ; mend its header")
-        return values[0] if values else None
+        return tuple(values[0].tolist()) if values else None
 
     spacing = numbers(rank, "elementspacing", "elementsize")
     origin = numbers(rank, "offset", "position", "origin")
-    axes = numbers(rank * rank, "transformmatrix", "rotation", "orientation")
-    if spacing is not None and fields.get("distanceunits", "mm") in ("mm", "?", ""):
-        header = header._replace(spacing=tuple(map(float, spacing[:3])))
-    if axes is not None:
-        header = header._replace(axes=axes.reshape(rank, rank)[:3, :3].T)
-    if origin is not None:
-        header = header._replace(origin=tuple(map(float, origin[:3])))
+    if fields.get("distanceunits", "mm") not in ("mm", "?", ""):
+        spacing = None
+    if turn := numbers(rank * rank, "transformmatrix", "rotation", "orientation"):
+        header = header._replace(axes=np.reshape(turn, (rank, rank))[:3, :3].T)
+    header = header._replace(spacing=spacing and spacing[:3], origin=origin and origin[:3])
     return header._replace(doubts=tuple(doubts))

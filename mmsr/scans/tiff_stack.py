@@ -9,6 +9,7 @@ __all__ = ['LENGTHS_MM', 'TIFF', 'read_tiff', 'open_tiff']
 import logging
 import math
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -68,18 +69,16 @@ def _tiff_voxel(tif: Any) -> Said | None:
     if tif.is_ome:
         image = tifffile.xml2dict(tif.ome_metadata)["OME"]["Image"]
         pixels = (image[0] if isinstance(image, list) else image)["Pixels"]
-        sizes, who = [pixels.get(f"PhysicalSize{a}") for a in "ZYX"], "OME"
-        units = [LENGTHS_MM.get(pixels.get(f"PhysicalSize{a}Unit", "µm")) for a in "ZYX"]
+        sizes, who = [pixels.get(f"PhysicalSize{a}", 0) for a in "ZYX"], "OME"
+        units = [LENGTHS_MM.get(pixels.get(f"PhysicalSize{a}Unit", "µm"), 0) for a in "ZYX"]
     elif tif.is_imagej and "XResolution" in (tags := tif.pages.first.tags):
         inverse = [tags[f"{a}Resolution"].value for a in "YX"]
         held = tif.imagej_metadata or {}
-        sizes = [held.get("spacing"), *(d / n if n else None for n, d in inverse)]
-        units, who = [LENGTHS_MM.get(str(held.get("unit")))] * 3, "ImageJ"
+        sizes = [held.get("spacing") or 0, *(d / n if n else 0 for n, d in inverse)]
+        units, who = [LENGTHS_MM.get(str(held.get("unit")), 0)] * 3, "ImageJ"
     else:
         return None
-    if None in sizes or None in units:
-        return None
-    z, y, x = (abs(float(size)) * float(unit or 0) for size, unit in zip(sizes, units, strict=True))
+    z, y, x = (abs(float(size)) * unit for size, unit in zip(sizes, units, strict=True))
     return ((z, y, x), f"{who} in {tif.filehandle.name}") if min(z, y, x) > 0 else None
 
 
@@ -110,29 +109,23 @@ def read_tiff(path: Path) -> list[ImageFile]:
     return [ImageFile("TIFF", path, stacked[0], size, dtype, white, lossy, named, said)]
 
 # %% ../../nbs/5_scans/10_tiff_stack.ipynb #7769948b
-def _tiff_page(tif: Any, z: int) -> np.ndarray:
-    """Read one page (y, x) of an open TIFF file."""
-    series = tif.series[0]
-    shape, dtype = series.shape[-2:], series.dtype.newbyteorder(tif.byteorder)
-    if series.dataoffset is None:
-        return series.pages[z].asarray(maxworkers=1).reshape(shape)
-    # plain pixels one after the other; ImageJ lists only the first page
-    place = series.dataoffset + z * math.prod(shape) * dtype.itemsize
-    with tif.filehandle.lock:
-        return tif.filehandle.read_array(dtype, math.prod(shape), place).reshape(shape)
-
-
 def open_tiff(options: ReadOptions, files: list[ImageFile]) -> SliceSource:
     """Open a TIFF stack of one file with many pages, or of many files with one."""
-    held: dict[int, SharedFile] = {}  # that of each process; its pages need not be found again
+
+    @lru_cache(1)  # the pages of a large file need not be found again, but by another process
+    def opened(path: Path, process: int) -> SharedFile:
+        return SharedFile(_tiff_file(path))
 
     def page(path: Path, z: int) -> np.ndarray:
-        if len(files) > 1:
-            with _tiff_file(path) as tif:
-                return _tiff_page(tif, z)
-        if (process := os.getpid()) not in held:
-            held[process] = SharedFile(_tiff_file(path))
-        return _tiff_page(held[process].file, z)
+        held = opened(path, os.getpid())
+        tif, series = held.file, held.file.series[0]
+        shape, dtype = series.shape[-2:], series.dtype.newbyteorder(tif.byteorder)
+        if series.dataoffset is None:
+            return series.pages[z].asarray(maxworkers=1).reshape(shape)
+        # plain pixels one after the other; ImageJ lists only the first page
+        place = series.dataoffset + z * math.prod(shape) * dtype.itemsize
+        with tif.filehandle.lock:
+            return tif.filehandle.read_array(dtype, math.prod(shape), place).reshape(shape)
 
     return open_images(options, files, page)
 

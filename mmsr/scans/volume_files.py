@@ -8,7 +8,7 @@ __all__ = ['NIFTI', 'NRRD', 'METAIMAGE', 'stack_of', 'open_scan_file']
 # %% ../../nbs/5_scans/08_volume_files.ipynb #ce63bddf
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from ..core import FileError, GeometryError, RangeError, ResourceError
 from ..data.volume import Grid
 from .regular_grid import resample_to_regular_grid
-from .slices import Format, ReadOptions, SharedFile, SliceSource
+from .slices import Block, Format, ReadOptions, SharedFile, SliceSource
 from .text_headers import read_metaimage, read_nrrd
 from .volume_headers import Header, read_header, read_nifti, unpack
 
@@ -101,12 +101,11 @@ def stack_of(
         options.refuse_unless_forced(RangeError, text)
     options.notes.extend(header.notes)
     read, (width, height, count) = opened(), header.size[:3]
-    stack = SliceSource(
-        (count, height, width),
-        header.dtype,
-        grid,
-        lambda first, last: ((read(z), None) for z in range(first, last)),
-    )
+
+    def blocks(first: int, last: int) -> Iterator[Block]:
+        return ((read(z), None) for z in range(first, last))
+
+    stack = SliceSource((count, height, width), header.dtype, grid, blocks)
     normal = np.reshape(grid.direction, (3, 3))[:, 2]
     way = normal if header.axes is None else header.axes[:, 2]
     if np.allclose(way, normal, atol=1e-4):

@@ -456,7 +456,7 @@ sys.exit(4)
 
 def test_more_than_the_memory_is_refused_before_it_is_taken(tmp_path, monkeypatch):
     path = saved(tmp_path / "v.mha", chest())
-    monkeypatch.setattr("mmsr.scans.slices.available_memory", lambda: 10_000)
+    monkeypatch.setattr("mmsr.core.available_memory", lambda: 10_000)
     with pytest.raises(ResourceError, match="lazy=True"):
         read_volume(path)
     assert np.array_equal(np.asarray(read_volume(path, lazy=True).array), chest())
