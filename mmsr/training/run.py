@@ -329,7 +329,7 @@ def model_card(run: TrainingRun, g1: G1) -> ModelCard:
             "device": name if fabric.world_size == 1 else f"{fabric.world_size} x {name}",
             "precision": run.config["precision"],
             "torch": torch.__version__,
-            "clinical_mm": sorted({case.spacing_mm for case in x_bank.info.cases}),
+            "clinical_mm": sorted(map(list, {case.spacing_mm for case in x_bank.info.cases})),
             "kernels": sorted({case.kernel for case in x_bank.info.cases} - {""}),
             "settings": run.config["settings"],
         },
