@@ -24,6 +24,7 @@ from ..data.phantom_scans import PhantomCase, clinical_case, micro_case
 from ..data.sampling import split_cases
 from ..data.volume import Volume, block_mean, resample_in_plane
 from ..data.windows import CLINICAL_WINDOW, Window, micro_window
+from ..evaluation.protocols import lung_of
 from ..scans.cases import Case, NonEmpty, Prepared, as_list, clear_prepared, paths_of, save_case
 from ..scans.read import read_mask, read_volume
 
@@ -159,14 +160,10 @@ def _known(made: PhantomCase, scale: int) -> tuple[Volume | None, dict[str, np.n
 
 def _patient(settings: PrepareSettings, i: int, path: Path) -> Case:
     """Read clinical scan number `i`, and choose three sites in its lung to show."""
-    wanted, reorient = settings.clinical_slices, settings.clinical_reorient
-    volume = read_volume(path, slices=wanted, reorient=reorient)
-    masks = paths_of(settings.clinical_mask)
-    if masks:
-        mask = read_mask(masks[i], volume)
-    else:  # in the whole scan, as few slices may mislead
-        whole = volume if wanted is None else read_volume(path, lazy=True, reorient=reorient)
-        mask = lung_mask(whole, slices=wanted)
+    slices, masks = settings.clinical_slices, paths_of(settings.clinical_mask)
+    how: Any = {"reorient": settings.clinical_reorient}
+    volume = read_volume(path, slices=slices, **how)
+    mask = read_mask(masks[i], volume) if masks else lung_of(volume, path, slices, **how)
     margin = 16
     inner = mask[:, margin:-margin, margin:-margin]
     sites = np.flatnonzero(inner)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Network', 'Scores', 'ScorePair', 'ImagePool', 'learning_rate_factor', 'set_learning_rate', 'halving_factor', 'frozen',
            'discriminator_loss', 'averaged_copy', 'update_average', 'adam', 'optimise', 'StepNoise', 'OtherNumbers',
-           'columns_of', 'numbers_of', 'Meter', 'shown_losses', 'enlarge_input', 'with_enlargement']
+           'columns_of', 'numbers_of', 'Meter', 'shown_losses', 'shown_times', 'enlarge_input', 'with_enlargement']
 
 # %% ../../nbs/4_training/04_steps.ipynb #4785cc99
 import copy
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam
+from tqdm import tqdm
 
 from ..core import FileError, seeded
 from ..losses.gan import lsgan_discriminator_loss
@@ -238,6 +239,16 @@ def shown_losses(numbers: Mapping[str, float]) -> dict[str, str]:
         if name not in hidden:
             added[pair] = added.get(pair, 0.0) + value
     return {name: f"{value:.3g}" for name, value in added.items() if value}
+
+
+def shown_times(left: int, step_s: float, saved_s: float, device: torch.device) -> str:
+    """Say how long a run will take, and what a first look would take instead."""
+    end, saved = (tqdm.format_interval(s) for s in (step_s * left, saved_s))
+    text = f"{left:,} steps are left, {step_s:.2g} s each: {end} to the end, {saved} to a"
+    if device.type != "cpu" or step_s * left <= 4 * 3600:
+        return f"{text} checkpoint"
+    short = "settings such as {steps: 1200, batch_size: 2}, networks as in workflow/plans/demo.yaml"
+    return f"{text} checkpoint; for a first look take {short}"
 
 # %% ../../nbs/4_training/04_steps.ipynb #3118c73a
 def enlarge_input(x: Tensor, scale: int) -> Tensor:

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import mmsr
-from mmsr.app import cli
+from mmsr.app import cli, shell
 from mmsr.core import RESEARCH_ONLY, seeded
 from mmsr.data.masks import lung_mask
 from mmsr.data.phantom_scans import clinical_case
@@ -769,7 +769,7 @@ def test_a_defect_is_not_hidden(capsys: pytest.CaptureFixture[str]) -> None:
 def test_under_torchrun_the_first_process_speaks(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "PATIENCE_S", 0)
+    monkeypatch.setattr(shell, "PATIENCE_S", 0)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     for process, start in (("0", "mmsr: none.yaml"), ("3", "mmsr: process 3: none.yaml")):
         monkeypatch.setenv("RANK", process)
