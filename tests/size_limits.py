@@ -1,7 +1,7 @@
 """How long the package may be, and the exceptions, which only shrink."""
 
-CODE = 8_900
-DOCSTRINGS = 2_500
+CODE = 9_800
+DOCSTRINGS = 2_600
 LONGEST = 400
 MEDIAN = 150
 LONG_PAGES = {}

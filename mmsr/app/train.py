@@ -95,7 +95,8 @@ def method_settings(chosen: TrainSettings) -> Method:
 # %% ../../nbs/8_app/03_train.ipynb #3f236c5d
 def live_view(title: str) -> Callable[[list[dict[str, float]], bytes], None] | None:
     """Make what shows curves and the newest preview under a cell of a notebook; elsewhere nothing."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
     if not hasattr(shell, "kernel") or os.environ.get("MMSR_PROGRESS") == "text":
         return None
     from IPython.display import HTML, Image, display

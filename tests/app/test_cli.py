@@ -653,8 +653,9 @@ def test_a_disk_that_fills_while_the_job_runs(
     monkeypatch.setattr(figures, "overview", fill)
     arguments = ("super-resolve", place.scan, small_disk / "a.mha", "--weights", place.weights)
     said = call(capsys, *arguments)
-    *plan, line = lines_of(said.err)
+    *plan, no_picture, line = lines_of(said.err)
     assert len(plan) == 4
+    assert "no picture" in no_picture
     refused(said._replace(err=line), "a.mha", "the disk is full", "free some space")
     assert not (small_disk / "a.mha").exists()
     work = small_disk / "a.mha.unfinished"
