@@ -106,6 +106,6 @@ def outside_patient(array: ndarray, spacing_mm: Sequence[float], threshold_hu: f
             grey = smooth[z][seen & ~tissue[z]]
             middle = np.median(grey) if grey.size else 0
             foam = middle < FOAM_HU and (abs(grey - middle) < 12).mean() > 0.5
-            if foam or (grey < ROOM_HU).sum() > 0.3 * seen.sum():  # with the room's air
+            if foam or (grey < ROOM_HU).sum() >= 0.3 * seen.sum():  # with the room's air
                 outside[z] |= part & bare[z]
     return repeated(np.pad(outside, [(0, 1)] * 3, "edge"), steps, shape)

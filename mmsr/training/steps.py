@@ -258,7 +258,8 @@ def enlarge_input(x: Tensor, scale: int) -> Tensor:
 
 def with_enlargement(g1: G1, scale: int) -> G1:
     """Copy a generator that keeps the size into one that enlarges first (R14)."""
-    copied = copy.deepcopy(g1)
     settings = type(g1.settings).read({**g1.settings.model_dump(), "enlarged": scale})
-    object.__setattr__(copied, "settings", settings)
-    return copied
+    with torch.device("meta"):  # no weights are drawn
+        made = type(g1)(settings)
+    made.load_state_dict(copy.deepcopy(g1.state_dict()), assign=True)
+    return made.train(g1.training)
