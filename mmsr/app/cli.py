@@ -32,6 +32,7 @@ from ..core import RESEARCH_ONLY, FileError, MMSRError, SettingsError, atomic_wr
 app = Typer(
     add_completion=False,
     no_args_is_help=True,
+    rich_markup_mode=None,  # plain help, a fifth of a second sooner
     help="Unpaired 8x super-resolution of clinical lung CT towards micro-CT. " + RESEARCH_ONLY,
 )
 
@@ -111,7 +112,7 @@ _FINISHED = "is finished, and by this very job; nothing is left to do"
 _WRITABLE = ".mha, .nrrd, .nii, .nii.gz, .ome.zarr, .dicom"  # without their modules
 
 
-@app.command("super-resolve")
+@app.command("super-resolve", short_help="Enlarge a chest CT 8 times in plane.")
 def super_resolve(
     scan: Annotated[Path, Argument(help="DICOM folder, .nii(.gz), .nrrd or .mha, in HU")],
     out: Annotated[Path, Argument(help=f"to write: {_WRITABLE}")],
@@ -178,7 +179,7 @@ def super_resolve(
         _super_resolve(job, out, picture, share, drawn=begun and picture.exists())
 
 # %% ../../nbs/8_app/06_cli.ipynb #202790bf
-@app.command()
+@app.command(short_help="Say what is in a scan; can it be read?")
 def info(
     scan: Annotated[Path, Argument(help="DICOM folder, NIfTI, NRRD, MetaImage, TIFF, PNG")],
     picture: Annotated[Path | None, Option(help="also draw it: a .png file")] = None,
@@ -202,7 +203,7 @@ def info(
         raise Exit(2)
 
 # %% ../../nbs/8_app/06_cli.ipynb #aef0f743
-@app.command()
+@app.command(short_help="Run an experiment, with papermill or plain.")
 def run(
     experiment: Annotated[str, Argument(help="prepare, train, super_resolve, evaluate, or a file")],
     out: Annotated[Path | None, Option(help="the executed notebook")] = None,
@@ -258,7 +259,7 @@ def _run_plain(experiment: str, values: dict[str, Any], typed: dict[str, str]) -
         raise SettingsError(f"{experiment}: runs as a notebook only; give --out, not --plain")
 
 
-@app.command("train")
+@app.command("train", short_help="Train from a file, without a notebook.")
 def train_from_file(
     file: Annotated[Path, Argument(help="YAML or JSON with the parameters of `train`")],
 ) -> None:
@@ -271,7 +272,7 @@ def train_from_file(
         echo(f"{done.weights}: step {done.step}, {state}")
 
 # %% ../../nbs/8_app/06_cli.ipynb #cd402140
-@app.command()
+@app.command(short_help="Prepare, train, super-resolve, evaluate.")
 def plan(
     file: Annotated[Path, Argument(help="a YAML plan, see workflow/plans")],
     out: Annotated[Path, Option(help="folder of the results")],
@@ -284,7 +285,7 @@ def plan(
     echo(f"report: {out / 'report.html'}")
 
 
-@app.command()
+@app.command(short_help="The whole job on a phantom, in 5 minutes.")
 def demo(
     out: Annotated[Path, Option(help="folder of the results")] = Path("runs/demo"),
     cores: Annotated[int, Option(min=1, help="processors to use")] = 2,
