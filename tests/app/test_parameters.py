@@ -29,6 +29,8 @@ from mmsr.evaluation.protocols import EvaluateSettings, SuperResolveSettings
 from mmsr.scans.write import write_volume
 from mmsr.training.run_folder import locked
 
+pytestmark = pytest.mark.slow
+
 KINDS: dict[str, type[Settings]] = {
     "prepare": PrepareSettings,
     "train": TrainSettings,

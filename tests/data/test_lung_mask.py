@@ -19,6 +19,8 @@ from mmsr.data.windows import micro_window
 from mmsr.scans.read import read_mask, read_volume
 from mmsr.scans.write import write_volume
 
+pytestmark = pytest.mark.slow
+
 REAL = Path(os.environ.get("MMSR_REAL_DATA") or "/nowhere")
 needs_real = pytest.mark.skipif(
     not (REAL / "nlst_chest_dicom").is_dir(), reason="MMSR_REAL_DATA does not point at the scans"

@@ -17,6 +17,8 @@ from mmsr.inference.two_grids import LEAST_HU, MIN_STATISTICS
 from mmsr.networks.layers import InstanceNorm
 from mmsr.networks.weights import build_g1
 
+pytestmark = pytest.mark.slow
+
 SOME = ("x2, skip", "noise", "deconvolution x8", "enlarged x2", "UNIT, halved")
 LUNG = np.s_[:, 12:40, 10:44]
 

@@ -26,6 +26,8 @@ from mmsr.scans.read import FORMATS, find_scan, inspect_file, read_mask, read_vo
 from mmsr.scans.scan_summary import info_text, scan_info
 from mmsr.scans.write import write_volume
 
+pytestmark = pytest.mark.slow
+
 MICRO = {"modality": "micro", "voxel_um": 50}
 
 

@@ -41,6 +41,8 @@ from mmsr.scans.read import read_volume
 from mmsr.scans.scan_summary import info_picture, info_text, scan_info
 from mmsr.scans.write import write_volume
 
+pytestmark = pytest.mark.slow
+
 COUNT = int(os.environ.get("MMSR_FUZZ", "200"))
 HU = chest(5, 24, 28)
 GREY = (HU.astype(np.int32) + 1024).astype(np.uint16)
