@@ -213,7 +213,8 @@ def _seen(
         return [(height, width)] * len(mask if mask is not None else volume.array)
     far = reach(g1) + options.blend_mm / min(volume.spacing_mm[1:]) + 1
     seen = []
-    for plane in mask:
+    for z, plane in enumerate(mask):
+        plane = plane if lung is None else (plane != 0) | (lung[z] != 0)
         rows, columns = (np.flatnonzero(plane.any(axis)) for axis in (1, 0))
         tall, wide = (int(np.ptp(hit) + 1 + 2 * far) if hit.size else 0 for hit in (rows, columns))
         seen.append((min(tall, height), min(wide, width)))

@@ -173,7 +173,7 @@ class _SliceModel(NamedTuple):
         else:
             x = ((hu - window.air) * window.gain + AIR_LEVEL).clamp_(-1, 1)
             local = lung is not None or not uses_instance_norm(self.g1)
-            box = box_of(weight) if weight is not None and local else None
+            box = box_of(weight, lung) if weight is not None and local else None
             how: Any = {"tile": self.options.tile, "precision": self.options.precision}
             sr = window.from_unit(sr_slice(self.g1, x, **how, inside=lung, box=box))
             (top, bottom), (left, right) = box or ((0, hu.shape[2]), (0, hu.shape[3]))

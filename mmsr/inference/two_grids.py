@@ -81,8 +81,9 @@ def enough(lung: np.ndarray) -> np.ndarray:
     return away <= np.partition(away, MIN_STATISTICS, axis=None)[MIN_STATISTICS]
 
 
-def box_of(weight: Tensor) -> Box:
-    """Give the rows and columns that some slice of a batch (b, 1, h, w) has weight in."""
+def box_of(weight: Tensor, lung: Tensor | None = None) -> Box:
+    """Give the rows and columns in which some slice (b, 1, h, w) has weight, or lung for statistics."""
+    weight = weight if lung is None else weight.maximum(lung.float())
     rows, columns = (weight.amax((0, 1, axis)).nonzero().ravel() for axis in (3, 2))
     return (int(rows[0]), int(rows[-1]) + 1), (int(columns[0]), int(columns[-1]) + 1)
 

@@ -89,12 +89,28 @@ def test_around_a_mask_is_what_the_whole_slice_gives(
     around = list(super_resolve_slices(volume, range(3), g1, record_of(g1), options, lung))
     assert len(made) == 2
     assert all((bottom - top) < 40 for (top, bottom), _ in made)
-    monkeypatch.setattr(sr_slices, "box_of", lambda weight: None)
+    monkeypatch.setattr(sr_slices, "box_of", lambda *regions: None)
     whole = list(super_resolve_slices(volume, range(3), g1, record_of(g1), options, lung))
     for one, other in zip(around, whole, strict=True):
         apart = np.abs(one.sr.astype(int) - other.sr)
         assert apart.max() <= 1
         assert (apart > 0).mean() < 1e-2  # ties of rounding
+
+
+def test_a_mask_in_a_part_of_the_lung_takes_the_whole_lungs_statistics() -> None:
+    """They are those of the lung that was given, not of what lies near the mask."""
+    hu, lung = (np.pad(one, ((0, 0), (0, 0), (0, 90))) for one in chest())
+    hu[:, :, 60:] = -1000
+    lung[:, 12:40, 100:140] = True
+    hu[:, 12:40, 100:140] = seeded(0, "far").normal(-600, 90, (3, 28, 40)).round()
+    mask = np.zeros_like(lung)
+    mask[:, 20:24, 20:24] = True
+    g1 = tiny("instance", skip=False)
+    card = record_of(g1)
+    near = next(super_resolve_slices(volume_of(hu), [0], g1, card, SROptions(), mask, lung)).sr
+    whole = next(super_resolve_slices(volume_of(hu), [0], g1, card, SROptions(), None, lung)).sr
+    deep = np.s_[160:192, 160:192]  # where the mask's weight is 1, and so is its neighbours'
+    assert np.abs(near[deep].astype(int) - whole[deep])[8:-8, 8:-8].max() <= 1
 
 
 def test_the_body_is_no_part_of_the_lungs_statistics() -> None:
@@ -128,7 +144,7 @@ def test_a_small_lung_is_widened_and_none_is_the_slice() -> None:
 
 
 def test_which_statistics_are_taken_and_told(tmp_path) -> None:
-    hu, lung = chest()
+    hu, lung = (np.pad(one, ((0, 0), (0, 0), (0, 90))) for one in chest())
     g1 = tiny("instance")
 
     def job(**how):
