@@ -38,11 +38,14 @@ nightly: setup   ## hours: slow cells, every page as in Jupyter, many kills, 1,0
 	MMSR_SLOW=1 MMSR_LARGE=1 MMSR_KILLS=20 MMSR_FUZZ=1000 $(BIN)/python -m pytest -n $(CORES) --timeout 3600
 	$(MAKE) bench
 
-viewers:         ## install other readers of what is written, for tests/scans/test_viewers.py alone
+viewers: .viewers/.ready ## install other readers of what is written, for tests/scans/test_viewers.py alone
+
+.viewers/.ready: Makefile
+	-npm install --silent --no-audit --no-fund --prefix .viewers @niivue/niivue@0.69.0 nifti-reader-js@0.8.0
 	test -x .viewers/bin/python || $(PYTHON) -m venv .viewers
-	.viewers/bin/python -m pip install --quiet --prefer-binary -c constraints.txt \
-	  ome-zarr==0.18.0 ome-zarr-models==1.7 napari-ome-zarr==0.10.0 ngff-zarr
-	npm install --silent --no-audit --no-fund --prefix .viewers @niivue/niivue@0.69.0 nifti-reader-js@0.8.0
+	.viewers/bin/python -m pip install --quiet --prefer-binary \
+	  ome-zarr==0.18.0 ome-zarr-models==1.7 napari-ome-zarr==0.10.0 ngff-zarr==0.50.0
+	@touch $@
 
 lint: setup      ## style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

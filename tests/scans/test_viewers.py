@@ -26,6 +26,7 @@ VIEWERS = Path(__file__).parents[2] / ".viewers"
 NIIVUE = VIEWERS / "node_modules/@niivue/niivue/dist/niivue.umd.js"
 NIFTI_JS = VIEWERS / "node_modules/nifti-reader-js/dist/nifti.js"
 PYTHON = VIEWERS / "bin/python"
+INSTALLED = VIEWERS / ".ready"
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
@@ -187,7 +188,7 @@ FEET_FIRST = {
 }
 
 
-@needs(PYTHON)
+@needs(INSTALLED)
 @pytest.mark.parametrize("turn", ["feet first", "oblique, flipped"])
 def test_readers_of_ome_zarr(tmp_path: Path, turn: str) -> None:
     """The pyramid, its place along its axes and, where the standard has words, their sides."""
