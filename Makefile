@@ -33,7 +33,7 @@ quick: lint      ## style, types, structure, links, cheap pages and tests: under
 test: setup      ## every notebook and test, with the coverage of the package
 	$(BIN)/python -m pytest -n $(CORES) --cov --cov-report=term --cov-fail-under=90
 
-nightly: setup   ## hours: slow cells, every page as in Jupyter, many kills, 1,000 broken scans, the largest files, the benchmarks
+nightly: setup   ## hours: tests in full, slow cells, every page as in Jupyter, many kills, 1,000 broken scans, the largest files, the benchmarks
 	-$(MAKE) viewers
 	MMSR_SLOW=1 MMSR_LARGE=1 MMSR_KILLS=20 MMSR_FUZZ=1000 $(BIN)/python -m pytest -n $(CORES) --timeout 3600
 	$(MAKE) bench

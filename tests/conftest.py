@@ -25,6 +25,15 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave what is for the night to the night."""
+    if "MMSR_SLOW" not in os.environ:
+        tonight = [item for item in items if item.get_closest_marker("nightly")]
+        config.hook.pytest_deselected(items=tonight)
+        items[:] = [item for item in items if item not in tonight]
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Keep a file's tests in one process, for they share what they prepare; deal out notebooks."""

@@ -25,7 +25,8 @@ ROOT = Path(__file__).parents[1]
 NBS = ROOT / "nbs"
 PAGES = sorted([*NBS.glob("*.ipynb"), *NBS.glob("[0-9]_*/*.ipynb")])
 MODULES = [p for p in (ROOT / "mmsr").rglob("*.py") if p.name not in ("__init__.py", "__main__.py")]
-QUICK = ("00_core", "2_networks/", "3_losses/")  # pages that take a few seconds, for `make quick`
+# pages that take a few seconds, for `make quick`
+QUICK = ("00_core", "2_networks/03", "2_networks/05", "3_losses/")
 RUN_ALL = (
     "00_core",
     "1_data/03_trees",

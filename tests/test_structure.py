@@ -60,6 +60,7 @@ def test_pages_are_where_their_modules_say() -> None:
     assert made == set(PLACE)
 
 
+@pytest.mark.slow
 def test_training_side_needs_no_scan_library() -> None:
     """Networks, losses and loops import on a bare GPU image: no SimpleITK, Jupyter, pictures."""
     side = [name for name in PLACE if name.startswith(("networks", "losses", "training"))]

@@ -167,6 +167,7 @@ def test_second_run_does_nothing(
     assert stamps(chain) == before
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_changed_training_reruns_what_depends_on_it(own_chain: Path, tmp_path: Path) -> None:
     before = stamps(own_chain)
@@ -321,6 +322,7 @@ def test_what_snakemake_itself_refuses_is_told(
     assert "File exists" in line
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_another_seed_leaves_no_case_behind(own_chain: Path) -> None:
     """The patients held out by an earlier run are in training now: nobody may be judged on them."""
@@ -595,6 +597,7 @@ def test_every_system_trains_and_is_saved(chain: Path, tmp_path: Path, system: s
     assert all(math.isfinite(v) for column in history.values() for v in column)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_another_scale_and_system_through_all_notebooks(tmp_path: Path) -> None:
     """Scale 4, µCT averaged to fit it, windows of the user's, and SR-UNIT."""
@@ -633,6 +636,7 @@ def test_another_scale_and_system_through_all_notebooks(tmp_path: Path) -> None:
     assert "unit, 16 x 1" in page
 
 
+@pytest.mark.slow
 def test_a_scale_without_truth() -> None:
     """Scale 16 goes beyond the phantom's truth; the columns that need one stay empty."""
     settings = PrepareSettings(out="unused", cases=1, held_out=0, slices=1, size=384, scale=16)
@@ -647,6 +651,7 @@ def test_a_scale_without_truth() -> None:
     assert columns_of(case, [model])["bicubic"].shape == (1, 768, 768)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_two_processes_train_together(chain: Path, tmp_path: Path) -> None:
     """`devices = 2` starts torchrun from the notebook; what it refuses comes back in one line."""
@@ -723,7 +728,7 @@ def prepare_and_train(folder: Path, values: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL, reason="MMSR_REAL_DATA is not set")
-@pytest.mark.parametrize("micro", ["phantom", "bone"])
+@pytest.mark.parametrize("micro", ["bone", pytest.param("phantom", marks=pytest.mark.nightly)])
 def test_real_data_with_only_paths_changed(tmp_path: Path, micro: str) -> None:
     """Real clinical patches with phantom µCT; and with a real µCT of bone, averaged by two."""
     values: dict[str, Any] = {

@@ -133,6 +133,7 @@ def test_volumes_maps_pictures_and_logs(
     assert leaks(tmp_path) == {}
 
 
+@pytest.mark.slow
 def test_derived_dicom_keeps_no_old_identifier_of_study_or_series(
     patient: Path, weights: Path, tmp_path: Path
 ) -> None:

@@ -360,7 +360,7 @@ def test_built_lungs_are_found_and_nothing_else(situation: Situation) -> None:
     agrees(situation)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("situation", FULL, ids=lambda s: s.name)
 def test_built_lungs_at_full_size(situation: Situation) -> None:
     agrees(situation)

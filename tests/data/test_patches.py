@@ -336,6 +336,7 @@ def test_every_case_is_mapped_by_its_own_window(tmp_path):
     assert banks[1].info.cases[0].window["tissue"] == 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 7, 40, 95])
 def test_epochs_are_permutations_whatever_the_batch(bank, tmp_path, batch_size):
     y = write_bank(tmp_path / "y", [case("y", 9, shape=(1, 200, 200))],
@@ -359,6 +360,7 @@ def test_wrong_batches(bank):
             wrong.draw(-1 if wrong is same else 0)
 
 
+@pytest.mark.slow
 @given(
     batch_size=st.integers(1, 13),
     fraction=st.sampled_from([0.0, 0.1, 0.25, 1 / 3, 0.7, 1.0]),
@@ -457,6 +459,7 @@ def test_averaging_cannot_enlarge():
         one_line(e)
 
 
+@pytest.mark.slow
 @needs_real
 def test_a_bank_from_the_real_scan(tmp_path):
     from mmsr.scans.read import read_volume

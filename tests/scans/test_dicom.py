@@ -736,6 +736,7 @@ def test_streams_of_another_size_or_that_break_off(tmp_path, syntax):
     refused(FileError, folder, path.name, "cannot be decoded", force=True)
 
 
+@pytest.mark.slow
 def test_an_object_that_is_deflated_as_a_whole_is_refused_before_it_is_unpacked(tmp_path):
     path = next(series(tmp_path / "s", chest(1)).iterdir())
     d = pydicom.dcmread(path)

@@ -809,6 +809,7 @@ def test_a_folder_with_one_ome_zarr_is_that(tmp_path):
     assert np.array_equal(read_volume(tmp_path / "f").array, chest(4))
 
 
+@pytest.mark.slow
 def test_malformed_ome_zarrs_are_refused_in_a_line_or_read_as_others_read_them(tmp_path, capfd):
     rng = np.random.default_rng(3)
     hu, c, s = chest(4, 20, 24), np.cos(0.3), np.sin(0.3)
@@ -1010,6 +1011,7 @@ def test_info_of_scans_that_cannot_be_opened(tmp_path):
         read_volume(tmp_path / "a.nii")
 
 
+@pytest.mark.slow
 @real
 def test_info_of_real_scans():
     chest_info = scan_info(REAL / "nlst_chest_dicom")

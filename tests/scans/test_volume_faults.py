@@ -38,6 +38,7 @@ real = pytest.mark.skipif(
 # ---------------------------------------------------------------- real scans that are sound
 
 
+@pytest.mark.slow
 @real
 def test_chest_dicom_is_read_as_simpleitk_reads_it_except_for_padding():
     scan = read_volume(REAL / "nlst_chest_dicom")
@@ -69,6 +70,7 @@ def test_some_slices_of_the_chest_are_those_of_the_whole():
     assert (z[0] - z[1]) / 2.0 == pytest.approx(round((z[0] - z[1]) / 2.0))
 
 
+@pytest.mark.slow
 @real
 def test_chest_crop_lies_where_it_was_cut():
     crop = read_volume(REAL / "nlst_chest_crop.nrrd")

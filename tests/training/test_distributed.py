@@ -209,8 +209,15 @@ def assert_close_run(folder: Path, whole: Path) -> None:
         torch.testing.assert_close(*pools, rtol=0, atol=5e-3)
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
-@pytest.mark.parametrize("how", [by_hand, torchrun])
+@pytest.mark.parametrize(
+    ("how", "system"),
+    [
+        (torchrun, "SR-CycleGAN"),
+        (by_hand, "SR-UNIT"),
+        pytest.param(by_hand, "SR-CycleGAN", marks=pytest.mark.nightly),
+        pytest.param(torchrun, "SR-UNIT", marks=pytest.mark.nightly),
+    ],
+)
 def test_two_processes_are_one_with_twice_the_batch(
     place: Path, tmp_path: Path, how: Launch, system: str
 ) -> None:
