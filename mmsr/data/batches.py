@@ -58,10 +58,9 @@ class UnpairedBatches(NamedTuple):
         """Choose the patches of a step; the same step always gives the same choice."""
         h, big = self.x_bank.info.size, self.y_bank.info.size
         if big != self.scale * h:
-            raise ShapeError(
-                f"y_bank: expected patches of {self.scale * h} pixels, {self.scale} times the "
-                f"{h} of x_bank, got {big}; write one bank again, or swap them"
-            )
+            wanted = f"{self.scale * h} pixels, {self.scale} times the {h} of x_bank"
+            text = f"expected patches of {wanted}, got {big}; write one bank again, or swap them"
+            raise ShapeError(f"y_bank: {text}")
         if step < 0 or self.batch_size < 1:
             got = f"{step} and {self.batch_size}"
             raise SettingsError(f"step, batch_size: expected at least 0 and at least 1, got {got}")
@@ -142,10 +141,9 @@ class PatchLoader:
 
     def __init__(self, batches: UnpairedBatches, fabric: "Fabric", share: float = 0.5) -> None:
         if batches.batch_size % fabric.world_size:
-            raise SettingsError(
-                f"batch_size: {batches.batch_size} cannot be dealt out evenly to "
-                f"{fabric.world_size} processes; take a multiple of {fabric.world_size}"
-            )
+            many = f"{fabric.world_size} processes; take a multiple of {fabric.world_size}"
+            text = f"{batches.batch_size} cannot be dealt out evenly to {many}"
+            raise SettingsError(f"batch_size: {text}")
         self.batches, self.device = batches, fabric.device
         part = batches.batch_size // fabric.world_size
         self.own = slice(fabric.global_rank * part, (fabric.global_rank + 1) * part)

@@ -18,7 +18,7 @@ from ..core import RangeError, ShapeError, seeded
 from .foam import PIXEL_MM, SCALE
 from .phantom import Scene, hr_slice, lung_scene
 from .trees import unit_vector, wall_thickness
-from .volume import AIR_HU, TISSUE_HU, Volume, sr_geometry
+from .volume import AIR_HU, TISSUE_HU, Volume, sr_geometry, triple
 
 # %% ../../nbs/1_data/05_phantom_scans.ipynb #fb20b636
 SLICE_MM = 0.6
@@ -176,8 +176,7 @@ def _known_tubes(scene: Scene, heights: ndarray, masks: dict) -> list[KnownTube]
             row, column = round(y), round(x)
             if 0 <= row < scene.size and 0 <= column < scene.size and masks[kind][i, row, column]:
                 wall = float(wall_thickness(r)) if kind == "bronchus" else 0.0
-                axis = (float(axes[j, 0]), float(axes[j, 1]), float(axes[j, 2]))
-                found.append(KnownTube(kind, (i, y, x), axis, float(2 * r), wall))
+                found.append(KnownTube(kind, (i, y, x), triple(axes[j]), float(2 * r), wall))
     return found
 
 

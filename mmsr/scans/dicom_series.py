@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..core import RESEARCH_ONLY, FileError, GeometryError, MMSRError, SettingsError
-from ..data.volume import DicomSource, Grid
+from ..data.volume import DicomSource, Grid, triple
 from .dicom_file import DIRECTORY_CLASS, DicomSlice, check_images, is_dicom, read_slices
 from .dicom_pixels import check_values, decode_slices, rescaled_type, stored_type
 from .regular_grid import SAME_MM, SliceSpacing, measure_steps, resample_to_regular_grid
@@ -232,7 +232,7 @@ def _open(options: ReadOptions, heads: Sequence[DicomSlice]) -> SliceSource:
         bent = _check_steps(options, heads, fit, min(y_mm, x_mm))
         step = fit.usual if bent else float(fit.along[-1] - fit.along[0]) / (len(heads) - 1)
     direction = tuple((axes.ravel() + 0.0).tolist())
-    grid = Grid((step, y_mm, x_mm), tuple(places[0].tolist()), direction)
+    grid = Grid((step, y_mm, x_mm), triple(places[0]), direction)
     instances = tuple((h.tags["SOPClassUID"], h.tags["SOPInstanceUID"], h.frame) for h in heads)
     source = DicomSource(tags["FrameOfReferenceUID"], instances, tags["ConvolutionKernel"])
     if (thick := tags["SliceThickness"]) and step > 1.5 * thick and not bent:

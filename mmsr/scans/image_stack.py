@@ -196,8 +196,8 @@ def _read_picture(path: Path) -> list[ImageFile]:
         raise FileError(text) from e
     if not kind or few:
         raise FileError("expected grey of 8 or 16 bits, got colour or others; convert it")
-    lossy = name == "JPEG2000"
-    return [ImageFile(name, path, 1, (height, width), np.dtype(kind), lossy=lossy)]
+    size, lossy = (height, width), name == "JPEG2000"
+    return [ImageFile(name, path, 1, size, np.dtype(kind), lossy=lossy)]
 
 
 def _open_pictures(options: ReadOptions, files: list[ImageFile]) -> SliceSource:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..core import GeometryError, ResourceError, available_memory
-from ..data.volume import AIR_HU, Grid
+from ..data.volume import AIR_HU, Grid, triple
 from .slices import Block, HuHistogram, ReadOptions, SliceSource, check_spacing
 
 # %% ../../nbs/5_scans/04_regular_grid.ipynb #95cc07cc
@@ -137,10 +137,10 @@ def resample_to_regular_grid(
             plane = (1 - part) * kept[low] + part * kept[high] if part else kept[low]
             yield np.where(np.isnan(plane), AIR_HU, np.rint(plane)).astype(np.int16), None
 
-    x, y, z = map(float, places_mm[0] + axes[:, 1::-1] @ way.min(0))
+    origin = triple(places_mm[0] + axes[:, 1::-1] @ way.min(0))
     nearest = np.where(share > 0.5, after, below).tolist()
     source = source and source._replace(instances=tuple(source.instances[k] for k in nearest))
-    grid = Grid((step, *stack.grid.spacing_mm[1:]), (x, y, z), stack.grid.direction)
+    grid = Grid((step, *stack.grid.spacing_mm[1:]), origin, stack.grid.direction)
     return SliceSource((count, *field), np.dtype(np.int16), grid, blocks, source)
 
 # %% ../../nbs/5_scans/04_regular_grid.ipynb #cff422cc
@@ -172,9 +172,8 @@ def as_axial(options: ReadOptions, stack: SliceSource) -> SliceSource:
     first[order] = over * (np.array(stack.shape[::-1])[order] - 1)
     array = np.flip(stored.T.transpose(order), tuple(np.flatnonzero(over).tolist())).T
     planes = [(plane, padding) for plane in array]
-    sx, sy, sz = np.array(stack.grid.spacing_mm[::-1])[order].tolist()
-    x, y, z = stack.grid.world_mm(first[::-1]).tolist()
+    spacing = triple(np.array(stack.grid.spacing_mm[::-1])[order][::-1])
     turn = (axes[:, order] * np.where(over, -1, 1)).ravel() + 0.0
-    grid = Grid((sz, sy, sx), (x, y, z), tuple(turn.tolist()))
+    grid = Grid(spacing, triple(stack.grid.world_mm(first[::-1])), tuple(turn.tolist()))
     options.notes.append(f"stored as {kind} slices: turned to axial ones")
     return SliceSource(array.shape, stack.dtype, grid, lambda first, last: iter(planes[first:last]))

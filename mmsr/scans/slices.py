@@ -21,7 +21,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from .. import core
 from ..core import FileError, GeometryError, MMSRError, RangeError, ResourceError, SettingsError
-from ..data.volume import AIR_HU, DicomSource, Grid, Slices, Volume, slice_range
+from ..data.volume import AIR_HU, DicomSource, Grid, Slices, Volume, slice_range, triple
 
 # %% ../../nbs/5_scans/01_slices.ipynb #415d6be4
 TRUST = "taken on trust: "
@@ -45,8 +45,8 @@ class ReadOptions(NamedTuple):
         """Refuse what a person may overrule; note it when overruled."""
         if not self.force:
             raise kind(f"{self.name}: {text}{OVERRULE}")
-        name = os.path.basename(self.name)  # a folder may be called as the patient is
-        self.notes.append(f"{TRUST}{name}: {text}")
+        # a folder may be called as the patient is
+        self.notes.append(f"{TRUST}{os.path.basename(self.name)}: {text}")
 
 # %% ../../nbs/5_scans/01_slices.ipynb #1191b1ca
 IN_PLANE_MM = {"clinical": (0.02, 5.0), "micro": (0.001, 0.5)}
@@ -79,8 +79,7 @@ def voxel_size(
     sizes = np.asarray(given, float) / (1000 if voxel_mm is None else 1)
     if sizes.shape not in ((), (3,)) or not (np.isfinite(sizes).all() and (sizes > 0).all()):
         raise SettingsError(f"{name}: expected a positive number or three (z, y, x), got {given}")
-    z, y, x = map(float, np.broadcast_to(sizes, 3))
-    return z, y, x
+    return triple(np.broadcast_to(sizes, 3))
 
 
 def check_grid(options: ReadOptions, grid: Grid) -> Grid:
@@ -291,9 +290,8 @@ def volume_of(options: ReadOptions, stack: SliceSource, *, lazy: bool = False) -
 
     later = SliceReader(shape, dtype, read, f"{total:08x}" if clinical else "")
     array = later if lazy else whole if clinical else later[:]
-    left, back, high = map(float, stack.grid.world_mm((first, 0, 0)))
     source = stack.source and stack.source._replace(instances=stack.source.instances[first:last])
-    placed = stack.grid._replace(origin_mm=(left, back, high))
+    placed = stack.grid._replace(origin_mm=triple(stack.grid.world_mm((first, 0, 0))))
     unit, notes = "HU" if clinical else "grey", tuple(dict.fromkeys(options.notes))
     return Volume(array, *placed, options.modality, unit, notes, source)
 
