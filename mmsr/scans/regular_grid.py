@@ -58,12 +58,10 @@ def measure_steps(places: np.ndarray, normal: np.ndarray) -> SliceSpacing:
 # %% ../../nbs/5_scans/04_regular_grid.ipynb #d6227144
 def _moved(plane: np.ndarray, shift: np.ndarray, sides: tuple[int, int]) -> np.ndarray:
     """Put a slice on a larger field, `shift` (y, x) pixels from its corner; the rest is NaN."""
-    field = plane
-    for axis, (by, side) in enumerate(zip(shift, sides, strict=True)):
-        whole, part = int(by // 1), float(by % 1)
-        room = [(0, 0), (0, 0)]
-        room[axis] = (whole, side - whole - field.shape[axis])
-        field = np.pad(field, room, constant_values=np.nan)
+    whole = (shift // 1).astype(int)
+    room = np.column_stack([whole, sides - whole - plane.shape])  # before and behind, along y and x
+    field = np.pad(plane, room, constant_values=np.nan)
+    for axis, part in enumerate((shift % 1).tolist()):
         if part:  # each pixel from itself and the one before it
             field = (1 - part) * field + part * np.roll(field, 1, axis)
     return field
@@ -155,7 +153,7 @@ def as_axial(options: ReadOptions, stack: SliceSource) -> SliceSource:
     kind = ("sagittal", "coronal")[order.index(2)]
     if not options.reorient:
         text = f"expected axial slices, got {kind} ones; turn them with --reorient (reorient=True)"
-        options.refuse_unless_forced(GeometryError, text)
+        options.doubt(GeometryError, text)
         return stack
     if (need := math.prod(stack.shape) * stack.dtype.itemsize) > (free := available_memory()):
         text = f"turning its slices takes {need / 1e9:.2f} GB of memory, got {free / 1e9:.2f} GB"

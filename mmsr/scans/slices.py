@@ -41,7 +41,7 @@ class ReadOptions(NamedTuple):
     series: str | None = None  # which of several: its number in the refusal's list, or its UID
     reorient: bool = False  # sagittal or coronal slices are turned to axial ones
 
-    def refuse_unless_forced(self, kind: type[MMSRError], text: str) -> None:
+    def doubt(self, kind: type[MMSRError], text: str) -> None:
         """Refuse what a person may overrule; note it when overruled."""
         if not self.force:
             raise kind(f"{self.name}: {text}{OVERRULE}")
@@ -63,8 +63,7 @@ def check_spacing(options: ReadOptions, spacing_mm: Sequence[float]) -> None:
     if min(spacing_mm) < low or max(spacing_mm[1:]) > high or spacing_mm[0] > 20:
         slip = "mm taken for µm" if min(spacing_mm) < low else "a small copy, or µm taken for mm"
         wanted = f"{options.modality} voxels of {low:g} to {high:g} mm, slices up to 20 mm apart"
-        text = f"expected {wanted}, got {shown}: {slip}? check the unit"
-        options.refuse_unless_forced(GeometryError, text)
+        options.doubt(GeometryError, f"expected {wanted}, got {shown}: {slip}? check the unit")
 
 
 def voxel_size(
@@ -86,7 +85,7 @@ def check_grid(options: ReadOptions, grid: Grid) -> Grid:
     """Check voxels; those of the caller stand in for the file's, with force when they disagree."""
     if options.voxel and not np.allclose(options.voxel, grid.spacing_mm, rtol=1e-3):
         text = f"expected the file's own voxels {grid.spacing_mm} mm (z, y, x), got {options.voxel}"
-        options.refuse_unless_forced(GeometryError, f"{text}; leave voxel_mm and voxel_um out")
+        options.doubt(GeometryError, f"{text}; leave voxel_mm and voxel_um out")
         grid = grid._replace(spacing_mm=options.voxel)
     check_spacing(options, grid.spacing_mm)
     return grid
@@ -132,7 +131,7 @@ class HuHistogram:
         """Round a slice (y, x) to int16 HU and count its values; −32768 where not finite or declared padding."""
         if block.dtype.itemsize == 1 and not self.counts.any():  # said once, of the first slice
             text = "expected HU, got 8-bit grey, which cannot hold them; give the original"
-            self.options.refuse_unless_forced(RangeError, text)
+            self.options.doubt(RangeError, text)
         whole = block
         if block.dtype.kind == "f":
             bad = ~np.isfinite(block)
@@ -165,14 +164,13 @@ class HuHistogram:
         air = int(counts[: 32768 - 500].sum()) - padding
         low, high = (np.flatnonzero(counts)[[0, -1]] - 32768).tolist()
         if self.lost:
-            text = f"{self.lost} voxels are not finite; replace them"
-            options.refuse_unless_forced(RangeError, text)
+            options.doubt(RangeError, f"{self.lost} voxels are not finite; replace them")
         if self.over:
             text = f"{self.over} voxels lie above 32767, which HU never do; check the unit"
-            options.refuse_unless_forced(RangeError, text)
+            options.doubt(RangeError, text)
         if air < 0.001 * (counts.sum() - padding):
             text = f"values {low} to {high} do not look like HU: hardly any air (below −500 HU)"
-            options.refuse_unless_forced(RangeError, f"{text}; give the scan in HU")
+            options.doubt(RangeError, f"{text}; give the scan in HU")
         if self.rounded:
             options.notes.append("values rounded to whole HU")
         table = np.arange(65536, dtype=np.uint16).view(np.int16)
