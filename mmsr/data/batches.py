@@ -72,13 +72,9 @@ class UnpairedBatches(NamedTuple):
         samples, before = samples[:-1], counts[:-1]
         degraded = self._places("degraded", self.y_bank, before)
         degraded[np.diff(counts) == 0] = -1
-        return BatchIndices(
-            self._places("x", self.x_bank, samples - before),  # a clinical patch is not skipped
-            self._places("y", self.y_bank, samples),
-            self._poses("x", step),
-            self._poses("y", step),
-            degraded,
-        )
+        x = self._places("x", self.x_bank, samples - before)  # a clinical patch is not skipped
+        y = self._places("y", self.y_bank, samples)
+        return BatchIndices(x, y, self._poses("x", step), self._poses("y", step), degraded)
 
     def _places(self, side: str, bank: PatchBank, ranks: np.ndarray) -> np.ndarray:
         """Return the places in a bank of the samples with these ranks, pass after pass."""

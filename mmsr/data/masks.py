@@ -14,7 +14,7 @@ from scipy import ndimage, sparse
 
 from ..core import RangeError, ResourceError, available_memory
 from . import body
-from .volume import AIR_HU, Slices, Volume, slice_range
+from .volume import AIR_HU, Slices, Triple, Volume, slice_range
 from .windows import Window, micro_window
 
 # %% ../../nbs/1_data/08_masks.ipynb #0a8853be
@@ -128,9 +128,7 @@ def _lungs_of(piece: ndarray, array: ndarray, spacing_mm: Sequence[float]) -> li
     return [piece]
 
 
-def _closed(
-    lung: ndarray, spacing_mm: Sequence[float], closing_mm: float, hole_mm2: float
-) -> ndarray:
+def _closed(lung: ndarray, spacing_mm: Triple, closing_mm: float, hole_mm2: float) -> ndarray:
     """Close by a ball, then fill holes in 3-D and those of a slice that are small."""
     coarse, steps, grid = body.coarsened(lung, spacing_mm)
     # beyond the image's frame, a lung that it cuts goes straight on, and tissue stays tissue

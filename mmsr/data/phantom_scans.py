@@ -144,14 +144,12 @@ def clinical_case(
     return PhantomCase(scan, truth, masks, _places(scene, masks, geometry), geometry)
 
 
-def _layout(
-    seed: int, n_slices: int, size: int, step_mm: float, kind: str
-) -> tuple[Scene, ndarray]:
+def _layout(seed: int, count: int, size: int, step_mm: float, kind: str) -> tuple[Scene, ndarray]:
     """Return a scene that is high enough, and the heights of its slices around the middle, mm."""
-    if n_slices < 1:
-        raise RangeError(f"n_slices: expected 1 or more, got {n_slices}")
-    depth_mm = max(10.0, n_slices * step_mm + 4)
-    heights = depth_mm / 2 + (np.arange(n_slices) - (n_slices - 1) / 2) * step_mm
+    if count < 1:
+        raise RangeError(f"n_slices: expected 1 or more, got {count}")
+    depth_mm = max(10.0, count * step_mm + 4)
+    heights = depth_mm / 2 + (np.arange(count) - (count - 1) / 2) * step_mm
     return lung_scene(seed, size=size, depth_mm=depth_mm, kind=kind), heights
 
 

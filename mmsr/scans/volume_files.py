@@ -139,11 +139,7 @@ def open_scan_file(options: ReadOptions, headers: list[Header]) -> SliceSource:
     return stack_of(options, header._replace(dtype=dtype), opened)
 
 
-NIFTI, NRRD, METAIMAGE = (
-    Format(name, endings, partial(read_header, read), open_scan_file)
-    for name, read, endings in (
-        ("NIfTI", read_nifti, (".nii", ".nii.gz", ".hdr", ".img")),
-        ("NRRD", read_nrrd, (".nrrd", ".nhdr")),
-        ("MetaImage", read_metaimage, (".mha", ".mhd")),
-    )
-)
+_NIFTI, _METAIMAGE = (".nii", ".nii.gz", ".hdr", ".img"), (".mha", ".mhd")
+NIFTI = Format("NIfTI", _NIFTI, partial(read_header, read_nifti), open_scan_file)
+NRRD = Format("NRRD", (".nrrd", ".nhdr"), partial(read_header, read_nrrd), open_scan_file)
+METAIMAGE = Format("MetaImage", _METAIMAGE, partial(read_header, read_metaimage), open_scan_file)
