@@ -92,8 +92,8 @@ class _ResidentBank:
     """The patches of a bank as a tensor, with the grey window of each."""
 
     def __init__(self, bank: PatchBank, device: torch.device) -> None:
-        native = bank.patches.dtype.newbyteorder("=")  # torch knows one order of bytes
-        raw = bank.patches.astype(native, copy=False)
+        # torch knows one order of bytes
+        raw = bank.patches.astype(bank.patches.dtype.newbyteorder("="), copy=False)
         if raw.dtype.kind == "f" and not all(np.isfinite(patch).all() for patch in raw):
             name = f"{bank.info.modality} bank"
             raise RangeError(f"{name}: holds values that are not finite; write it again")
