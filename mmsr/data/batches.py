@@ -58,10 +58,9 @@ class UnpairedBatches(NamedTuple):
         """Choose the patches of a step; the same step always gives the same choice."""
         h, big = self.x_bank.info.size, self.y_bank.info.size
         if big != self.scale * h:
-            raise ShapeError(
-                f"y_bank: expected patches of {self.scale * h} pixels, {self.scale} times the "
-                f"{h} of x_bank, got {big}; write one bank again, or swap them"
-            )
+            wanted = f"{self.scale * h} pixels, {self.scale} times the {h} of x_bank"
+            text = f"expected patches of {wanted}, got {big}; write one bank again, or swap them"
+            raise ShapeError(f"y_bank: {text}")
         if step < 0 or self.batch_size < 1:
             got = f"{step} and {self.batch_size}"
             raise SettingsError(f"step, batch_size: expected at least 0 and at least 1, got {got}")
@@ -73,13 +72,9 @@ class UnpairedBatches(NamedTuple):
         samples, before = samples[:-1], counts[:-1]
         degraded = self._places("degraded", self.y_bank, before)
         degraded[np.diff(counts) == 0] = -1
-        return BatchIndices(
-            self._places("x", self.x_bank, samples - before),  # a clinical patch is not skipped
-            self._places("y", self.y_bank, samples),
-            self._poses("x", step),
-            self._poses("y", step),
-            degraded,
-        )
+        x = self._places("x", self.x_bank, samples - before)  # a clinical patch is not skipped
+        y = self._places("y", self.y_bank, samples)
+        return BatchIndices(x, y, self._poses("x", step), self._poses("y", step), degraded)
 
     def _places(self, side: str, bank: PatchBank, ranks: np.ndarray) -> np.ndarray:
         """Return the places in a bank of the samples with these ranks, pass after pass."""
@@ -97,8 +92,8 @@ class _ResidentBank:
     """The patches of a bank as a tensor, with the grey window of each."""
 
     def __init__(self, bank: PatchBank, device: torch.device) -> None:
-        native = bank.patches.dtype.newbyteorder("=")  # torch knows one order of bytes
-        raw = bank.patches.astype(native, copy=False)
+        # torch knows one order of bytes
+        raw = bank.patches.astype(bank.patches.dtype.newbyteorder("="), copy=False)
         if raw.dtype.kind == "f" and not all(np.isfinite(patch).all() for patch in raw):
             name = f"{bank.info.modality} bank"
             raise RangeError(f"{name}: holds values that are not finite; write it again")
@@ -142,10 +137,9 @@ class PatchLoader:
 
     def __init__(self, batches: UnpairedBatches, fabric: "Fabric", share: float = 0.5) -> None:
         if batches.batch_size % fabric.world_size:
-            raise SettingsError(
-                f"batch_size: {batches.batch_size} cannot be dealt out evenly to "
-                f"{fabric.world_size} processes; take a multiple of {fabric.world_size}"
-            )
+            many = f"{fabric.world_size} processes; take a multiple of {fabric.world_size}"
+            text = f"{batches.batch_size} cannot be dealt out evenly to {many}"
+            raise SettingsError(f"batch_size: {text}")
         self.batches, self.device = batches, fabric.device
         part = batches.batch_size // fabric.world_size
         self.own = slice(fabric.global_rank * part, (fabric.global_rank + 1) * part)

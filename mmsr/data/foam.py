@@ -7,7 +7,6 @@ __all__ = ['PIXEL_MM', 'SCALE', 'smooth_noise', 'septum_distance', 'coverage', '
 
 # %% ../../nbs/1_data/02_foam.ipynb #44cfdef3
 import numpy as np
-from numpy import ndarray
 from numpy.lib.stride_tricks import sliding_window_view
 
 from ..core import seeded
@@ -17,13 +16,13 @@ PIXEL_MM = 0.078125
 SCALE = 8
 
 
-def _spline_weights(t: ndarray) -> ndarray:
+def _spline_weights(t: np.ndarray) -> np.ndarray:
     """Return the weights of the four lattice points around a fraction `t` (cubic B-spline)."""
     u = 1 - t
     return np.stack([u**3, 3 * t**3 - 6 * t**2 + 4, 3 * u**3 - 6 * u**2 + 4, t**3]) / 6
 
 
-def smooth_noise(seed: int, name: str, z_mm: float, size: int, wave_mm: float) -> ndarray:
+def smooth_noise(seed: int, name: str, z_mm: float, size: int, wave_mm: float) -> np.ndarray:
     """Cut a slice (float32, `size` HR pixels) out of an endless smooth field of mean 0, spread 1.
 
     Detail is about as large as `wave_mm`, the distance of the lattice points.
@@ -47,13 +46,13 @@ def septum_distance(
     seed: int,
     name: str,
     z_mm: float,
-    warp_mm: ndarray,
+    warp_mm: np.ndarray,
     cell_px: int,
     *,
     pixel_mm: float = PIXEL_MM,
-    open_fraction: float | ndarray = 0.2,
+    open_fraction: float | np.ndarray = 0.2,
     round_mm: float = 0.03,
-) -> ndarray:
+) -> np.ndarray:
     """Measure how far each pixel is from the middle of the nearest septum of a foam, mm.
 
     `warp_mm`, shape (2, n, n), moves each pixel (y, x) before the foam is asked, by less than half
@@ -63,7 +62,7 @@ def septum_distance(
     size, k = warp_mm.shape[-1], cell_px
     n, cell_mm = -(-size // k), cell_px * pixel_mm
 
-    def by_cell(image: ndarray) -> ndarray:  # (size, size) -> (n, n, 1, k * k)
+    def by_cell(image: np.ndarray) -> np.ndarray:  # (size, size) -> (n, n, 1, k * k)
         image = np.pad(image, (0, n * k - size), mode="edge").reshape(n, k, n, k)
         return image.transpose(0, 2, 1, 3).reshape(n, n, 1, k * k)
 
@@ -107,12 +106,12 @@ def septum_distance(
     return np.ascontiguousarray(distance[:size, :size])
 
 # %% ../../nbs/1_data/02_foam.ipynb #99b6635c
-def coverage(distance_mm: ndarray) -> ndarray:
+def coverage(distance_mm: np.ndarray) -> np.ndarray:
     """Return the share of each pixel, 0 to 1, inside a surface (signed distance below 0)."""
     return np.clip(0.5 - distance_mm / np.float32(PIXEL_MM), 0, 1)
 
 
-def sheet_coverage(distance_mm: ndarray, thickness_mm: ndarray | float) -> ndarray:
+def sheet_coverage(distance_mm: np.ndarray, thickness_mm: np.ndarray | float) -> np.ndarray:
     """Return the share of each pixel covered by a sheet that may be thinner than the pixel.
 
     The distance is from the middle of the sheet, negative where sheets merge.

@@ -13,16 +13,8 @@ from numpy import ndarray
 from scipy import ndimage, sparse
 
 from ..core import RangeError, ResourceError, available_memory
-from mmsr.data.body import (
-    box_around,
-    coarsened,
-    depth_mm,
-    filled,
-    labelled,
-    outside_patient,
-    repeated,
-)
-from .volume import AIR_HU, Slices, Volume, slice_range
+from . import body
+from .volume import AIR_HU, Slices, Triple, Volume, slice_range
 from .windows import Window, micro_window
 
 # %% ../../nbs/1_data/08_masks.ipynb #0a8853be
@@ -40,9 +32,9 @@ def _airlike(array: ndarray, threshold_hu: float) -> tuple[ndarray, ndarray]:
     rows, columns = (side // 4 * 4 for side in array.shape[1:])
     sampled = np.s_[2:rows:4, 2:columns:4]
     for values, plane in zip(array, air, strict=True):
-        cut = ~filled(~plane)  # what hangs together with the frame
-        plane &= filled(~(cut & (values == AIR_HU)))  # without padding
-        labels, pixels = labelled(cut & plane, 4)
+        cut = ~body.filled(~plane)  # what hangs together with the frame
+        plane &= body.filled(~(cut & (values == AIR_HU)))  # without padding
+        labels, pixels = body.labelled(cut & plane, 4)
         n = len(pixels) - 1
         # the mean along blocks of 4 × 4: the noise of a sharp kernel would hide the difference
         mean = sum(values[k:rows:4, k:columns:4].astype(np.int32) for k in range(4)) / 4
@@ -76,12 +68,12 @@ def _airways(array: ndarray, air: ndarray, spacing_mm: Sequence[float]) -> ndarr
     found = np.zeros(array.shape, bool)
     parts: list[tuple[ndarray, ndarray]] = []  # regions of each slice, and their pixels
     for z, plane in enumerate(array):
-        labels, pixels = labelled((plane < LUMEN_HU) & air[z], 4)
+        labels, pixels = body.labelled((plane < LUMEN_HU) & air[z], 4)
         parts.append((labels, pixels))
         area = pixels * (dy * dx)
         for i in np.flatnonzero((area > LUMEN_MM2[0]) & (area < LUMEN_MM2[1])):
             inside = labels == i
-            rows, columns = box_around(inside)
+            rows, columns = body.box_around(inside)
             if 0 in (rows.start, columns.start) or plane[rows.stop :, columns.stop :].size == 0:
                 continue  # cut by the frame: who knows how it goes on
             height, width = (rows.stop - rows.start) * dy, (columns.stop - columns.start) * dx
@@ -90,8 +82,8 @@ def _airways(array: ndarray, air: ndarray, spacing_mm: Sequence[float]) -> ndarr
                 found[z] |= inside
     if not found.any():
         return found
-    box = box_around(found)
-    labels, size = labelled(found[box], 26)
+    box = body.box_around(found)
+    labels, size = body.labelled(found[box], 26)
     length = sum(np.bincount(part.ravel(), minlength=len(size)) > 0 for part in labels)
     tube = np.asarray(length >= min(16 / dz, 0.6 * len(array)))  # a lung's tip does not go on
     tube[0] = False
@@ -113,48 +105,46 @@ def _airways(array: ndarray, air: ndarray, spacing_mm: Sequence[float]) -> ndarr
 def _widen(mask: ndarray, spacing_mm: Sequence[float], by_mm: float) -> ndarray:
     """Grow a mask, in place, by a ball."""
     if mask.any():
-        box = box_around(mask, [int(by_mm / side) + 2 for side in spacing_mm])
-        coarse, steps, grid = coarsened(mask[box], spacing_mm)
-        mask[box] |= repeated(depth_mm(~coarse, grid) <= by_mm, steps, mask[box].shape)
+        box = body.box_around(mask, [int(by_mm / side) + 2 for side in spacing_mm])
+        coarse, steps, grid = body.coarsened(mask[box], spacing_mm)
+        mask[box] |= body.repeated(body.depth_mm(~coarse, grid) <= by_mm, steps, mask[box].shape)
     return mask
 
 # %% ../../nbs/1_data/08_masks.ipynb #0604879d
 def _lungs_of(piece: ndarray, array: ndarray, spacing_mm: Sequence[float]) -> list[ndarray]:
     """Return one lung, or two that touch, parted where they are thin; none for gas in the bowel."""
-    coarse, steps, grid = coarsened(piece, spacing_mm)
-    depth = depth_mm(coarse, grid)
+    coarse, steps, grid = body.coarsened(piece, spacing_mm)
+    depth = body.depth_mm(coarse, grid)
     core = depth > 2.5
-    if core.any() and coarsened(array, spacing_mm)[0][core].mean() < GAS_HU - 15:
+    if core.any() and body.coarsened(array, spacing_mm)[0][core].mean() < GAS_HU - 15:
         return []  # away from its wall, gas is as dark as air
     for neck_mm in (1.0, 2.0, 3.0, 4.5):
-        labels, size = labelled(depth > neck_mm, 6)
+        labels, size = body.labelled(depth > neck_mm, 6)
         order = np.argsort(size[1:])[::-1] + 1
         if len(order) > 1 and size[order[1]] > 0.2 * coarse.sum():
-            first = depth_mm(labels != order[0], grid) < depth_mm(labels != order[1], grid)
-            first = repeated(first, steps, piece.shape)
+            first = np.less(*(body.depth_mm(labels != part, grid) for part in order[:2]))
+            first = body.repeated(first, steps, piece.shape)
             return [piece & first, piece & ~first]
     return [piece]
 
 
-def _closed(
-    lung: ndarray, spacing_mm: Sequence[float], closing_mm: float, hole_mm2: float
-) -> ndarray:
+def _closed(lung: ndarray, spacing_mm: Triple, closing_mm: float, hole_mm2: float) -> ndarray:
     """Close by a ball, then fill holes in 3-D and those of a slice that are small."""
-    coarse, steps, grid = coarsened(lung, spacing_mm)
+    coarse, steps, grid = body.coarsened(lung, spacing_mm)
     # beyond the image's frame, a lung that it cuts goes straight on, and tissue stays tissue
     ends = [
         [max(0, int(closing_mm / step) + 2 - int(near)) for near in (hit.start, side - hit.stop)]
-        for hit, side, step in zip(box_around(coarse), coarse.shape, grid, strict=True)
+        for hit, side, step in zip(body.box_around(coarse), coarse.shape, grid, strict=True)
     ]
-    closed = depth_mm(~np.pad(coarse, ends, "edge"), grid) <= closing_mm
+    closed = body.depth_mm(~np.pad(coarse, ends, "edge"), grid) <= closing_mm
     rim = max((step - 1) * side / 2 for step, side in zip(steps, spacing_mm, strict=True))
-    closed = depth_mm(closed, grid) > closing_mm + rim  # no wider than lung
+    closed = body.depth_mm(closed, grid) > closing_mm + rim  # no wider than lung
     closed = closed[tuple(slice(a, -b or None) for a, b in ends)]
-    closed = filled(repeated(closed, steps, lung.shape) | lung)
+    closed = body.filled(body.repeated(closed, steps, lung.shape) | lung)
     for plane in closed:  # large holes of a slice are the dome of the diaphragm: they stay
-        holes = filled(plane) & ~plane
+        holes = body.filled(plane) & ~plane
         if holes.any():
-            labels, size = labelled(holes, 8)
+            labels, size = body.labelled(holes, 8)
             small = size * spacing_mm[1] * spacing_mm[2] <= hole_mm2
             small[0] = False
             plane |= small[labels]
@@ -176,8 +166,7 @@ def _around(volume: Volume, slices: Slices | None) -> tuple[ndarray, slice]:
         raise ResourceError(f"lung mask: needs {size}; give a mask, or some slices at a time")
     number = min(max(min(MOST_SLICES, free // each), last - first), count)
     start = min(max((first + last - number) // 2, 0), count - number)
-    array = np.asarray(volume.array[start : start + number])
-    return array, slice(first - start, last - start)
+    return np.asarray(volume.array[start : start + number]), slice(first - start, last - start)
 
 
 def _mostly(region: ndarray, labels: ndarray, count: int) -> ndarray:
@@ -233,12 +222,12 @@ def lung_mask(
     air, cut = _airlike(array, threshold_hu)
     pad = [int(closing_mm / step) + 2 for step in spacing]
     if air.any():
-        outside = outside_patient(array, spacing, threshold_hu)
-        whole = box_around(air, pad)
+        outside = body.outside_patient(array, spacing, threshold_hu)
+        whole = body.box_around(air, pad)
         air, cut, array, inner = air[whole], cut[whole], array[whole], mask[whole]  # views
         airways = _widen(_airways(array, air, spacing), spacing, wall_mm)
         air[airways] = False
-        labels, size = labelled(air, 6)
+        labels, size = body.labelled(air, 6)
         del air
         size[_mostly(outside[whole], labels, len(size))] = 0
         share = np.full(len(size), 0.1)
@@ -247,22 +236,19 @@ def lung_mask(
         least = min(least, 0.05 * array.size)
         for i in np.flatnonzero(size > np.maximum(share * size.max(), least)):
             piece = labels == i
-            around = box_around(piece, pad)
+            around = body.box_around(piece, pad)
             for lung in _lungs_of(piece[around], array[around], spacing):
-                box = box_around(lung, pad)
+                box = body.box_around(lung, pad)
                 closed = _closed(lung[box], spacing, closing_mm, hole_mm2)
                 if array[around][box][closed].mean() < DENSE_HU:
                     inner[around][box] |= closed
         inner[airways] = False
-    most = mask.sum((1, 2)).max()
-    enough = most > min(LUNG_MM2 / np.prod(spacing[1:]), 0.1 * mask[0].size)
+    enough = mask.sum((1, 2)).max() > min(LUNG_MM2 / np.prod(spacing[1:]), 0.1 * mask[0].size)
     mask = mask[some]
     if not (enough and mask.any()):
-        raise RangeError(
-            f"volume: no lung found in {len(mask)} slices (nothing lung-like is below "
-            f"{threshold_hu:g} HU inside the body); choose slices that show lung, or give a mask "
-            "file (read_mask)"
-        )
+        why = f"nothing lung-like is below {threshold_hu:g} HU inside the body"
+        text = f"no lung found in {len(mask)} slices ({why}); choose slices that show lung"
+        raise RangeError(f"volume: {text}, or give a mask file (read_mask)")
     return mask
 
 # %% ../../nbs/1_data/08_masks.ipynb #4c73a022
@@ -306,14 +292,12 @@ def specimen_mask(
     coarse = share > min_share
     ends = [(0, 0)] + [(8, 8)] * 2
     # bronchi and ducts are open to the outside: close them by a ball of six blocks
-    closed = depth_mm(~np.pad(coarse, ends, "edge"), grid) <= 6 * block_mm
-    coarse |= (depth_mm(closed, grid) > 6 * block_mm)[:, 8:-8, 8:-8]
-    coarse = np.stack([filled(plane) for plane in coarse])
-    labels, size = labelled(coarse, 6)
+    closed = body.depth_mm(~np.pad(coarse, ends, "edge"), grid) <= 6 * block_mm
+    coarse |= (body.depth_mm(closed, grid) > 6 * block_mm)[:, 8:-8, 8:-8]
+    coarse = np.stack([body.filled(plane) for plane in coarse])
+    labels, size = body.labelled(coarse, 6)
     coarse = (size > 0.1 * size.max())[labels] & (size.max() > 0)
     if not coarse.any():
-        raise RangeError(
-            "volume: no specimen found (nowhere is the share of tissue above "
-            f"{min_share:g}); give its window, or a mask file (read_mask)"
-        )
-    return repeated(coarse, steps, volume.array.shape)
+        text = f"no specimen found (nowhere is the share of tissue above {min_share:g})"
+        raise RangeError(f"volume: {text}; give its window, or a mask file (read_mask)")
+    return body.repeated(coarse, steps, volume.array.shape)

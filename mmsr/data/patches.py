@@ -20,6 +20,7 @@ import pydantic
 from .. import core
 from ..core import FileError, MMSRError, RangeError, Settings, SettingsError, ShapeError, seeded
 from .sampling import DRAWS, MIN_SPREAD, MIN_TISSUE, draw_centres, reject_reason
+from .volume import triple
 from .windows import AIR_LEVEL, TISSUE_LEVEL, Window
 
 # %% ../../nbs/1_data/10_patches.ipynb #6410fd65
@@ -80,8 +81,7 @@ class BankInfo(BankSettings):
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
         """Return the median spacing (z, y, x) of the cases."""
-        z, y, x = np.median([case.spacing_mm for case in self.cases], axis=0)
-        return float(z), float(y), float(x)
+        return triple(np.median([case.spacing_mm for case in self.cases], axis=0))
 
 # %% ../../nbs/1_data/10_patches.ipynb #15b6e57d
 class PatchBank(NamedTuple):
@@ -171,10 +171,9 @@ def _fill(
             if len(corners) == settings.per_case:
                 return np.array(corners), rejected
         if sum(rejected.values()) > DRAWS + 20 * len(corners):
-            raise RangeError(
-                f"case {case.name}: beside {len(corners)} patches, {rejected['flat']} flat and "
-                f"{rejected['air']} mostly air were drawn; look at the mask and the window"
-            )
+            drawn = f"{rejected['flat']} flat and {rejected['air']} mostly air were drawn"
+            text = f"beside {len(corners)} patches, {drawn}; look at the mask and the window"
+            raise RangeError(f"case {case.name}: {text}")
     raise AssertionError("unreachable: draw_centres has no end")
 
 # %% ../../nbs/1_data/10_patches.ipynb #35ee7907
@@ -182,10 +181,8 @@ def _record(case: PatchCase, window: Window) -> dict[str, Any]:
     """Write down what a case's patches depend on; refuse a mask that does not fit, or NaN."""
     array, shape = case.volume.array, case.volume.array.shape
     if len(shape) != 3 or shape != case.mask.shape:
-        raise ShapeError(
-            f"case {case.name}: expected a mask of the volume's shape {shape}, got "
-            f"{case.mask.shape}; make the mask from this volume"
-        )
+        text = f"expected a mask of the volume's shape {shape}, got {case.mask.shape}"
+        raise ShapeError(f"case {case.name}: {text}; make the mask from this volume")
     for z, plane in enumerate(array if array.dtype.kind == "f" else ()):
         if not np.isfinite(plane).all():
             y, x = np.argwhere(~np.isfinite(plane))[0]
@@ -195,7 +192,7 @@ def _record(case: PatchCase, window: Window) -> dict[str, Any]:
         "name": case.name,
         "fingerprint": core.fingerprint(case.volume.array),
         "mask_fingerprint": core.fingerprint(case.mask),
-        "spacing_mm": tuple(float(step) for step in case.volume.spacing_mm),
+        "spacing_mm": triple(case.volume.spacing_mm),
         "kernel": getattr(getattr(case.volume, "source", None), "kernel", ""),
         "window": (case.window or window).to_dict(),
     }
@@ -266,10 +263,8 @@ def write_bank(
         raise SettingsError(f"cases: expected one or more, with names that differ, got {names}")
     kinds = {case.volume.array.dtype.str for case in ordered}
     if len(kinds) > 1:
-        raise ShapeError(
-            f"cases: expected one number type in a bank, got {', '.join(sorted(kinds))}; convert "
-            "the volumes, or write a bank for each"
-        )
+        text = f"expected one number type in a bank, got {', '.join(sorted(kinds))}"
+        raise ShapeError(f"cases: {text}; convert the volumes, or write a bank for each")
     settings = BankSettings.read({
         "modality": modality, "size": size, "per_case": per_case, "seed": seed,
         "window": window.to_dict(), "min_spread": min_spread, "min_tissue": min_tissue,
@@ -280,10 +275,8 @@ def write_bank(
     if not replace and folder.exists() and (folder.is_file() or any(folder.iterdir())):
         bank = open_bank(folder)
         if difference := _difference(bank.info, settings, records):
-            raise SettingsError(
-                f"{folder}: another patch bank is there ({difference}); choose another folder, "
-                "or pass overwrite=True"
-            )
+            text = f"another patch bank is there ({difference}); choose another folder"
+            raise SettingsError(f"{folder}: {text}, or pass overwrite=True")
         return bank
     with core.disk_errors(folder):
         _write_files(folder, ordered, settings, records)
@@ -302,8 +295,7 @@ def _write_files(
         with open(made / "patches.npy", "wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
             for i, (case, record) in enumerate(zip(cases, records, strict=True)):
-                window = Window.from_dict(record["window"])
-                corners, rejected = _fill(case, window, settings, file)
+                corners, rejected = _fill(case, Window.from_dict(record["window"]), settings, file)
                 positions.append(np.insert(corners, 0, i, axis=1))
                 record |= {"taken": len(corners)}
                 record |= {f"rejected_{reason}": count for reason, count in rejected.items()}
@@ -324,7 +316,5 @@ def refuse_overlap(train: BankInfo, test: BankInfo) -> None:
         known = {getattr(case, name): case.name for case in train.cases}
         for case in test.cases:
             if twin := known.get(getattr(case, name)):
-                raise SettingsError(
-                    f"test case {case.name}: has the {name} of the training case {twin}; split by "
-                    "case, with each scan listed once"
-                )
+                text = f"has the {name} of the training case {twin}; split by case"
+                raise SettingsError(f"test case {case.name}: {text}, with each scan listed once")

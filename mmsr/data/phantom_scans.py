@@ -18,7 +18,7 @@ from ..core import RangeError, ShapeError, seeded
 from .foam import PIXEL_MM, SCALE
 from .phantom import Scene, hr_slice, lung_scene
 from .trees import unit_vector, wall_thickness
-from .volume import AIR_HU, TISSUE_HU, Volume, sr_geometry
+from .volume import AIR_HU, TISSUE_HU, Volume, sr_geometry, triple
 
 # %% ../../nbs/1_data/05_phantom_scans.ipynb #fb20b636
 SLICE_MM = 0.6
@@ -144,14 +144,12 @@ def clinical_case(
     return PhantomCase(scan, truth, masks, _places(scene, masks, geometry), geometry)
 
 
-def _layout(
-    seed: int, n_slices: int, size: int, step_mm: float, kind: str
-) -> tuple[Scene, ndarray]:
+def _layout(seed: int, count: int, size: int, step_mm: float, kind: str) -> tuple[Scene, ndarray]:
     """Return a scene that is high enough, and the heights of its slices around the middle, mm."""
-    if n_slices < 1:
-        raise RangeError(f"n_slices: expected 1 or more, got {n_slices}")
-    depth_mm = max(10.0, n_slices * step_mm + 4)
-    heights = depth_mm / 2 + (np.arange(n_slices) - (n_slices - 1) / 2) * step_mm
+    if count < 1:
+        raise RangeError(f"n_slices: expected 1 or more, got {count}")
+    depth_mm = max(10.0, count * step_mm + 4)
+    heights = depth_mm / 2 + (np.arange(count) - (count - 1) / 2) * step_mm
     return lung_scene(seed, size=size, depth_mm=depth_mm, kind=kind), heights
 
 
@@ -176,8 +174,7 @@ def _known_tubes(scene: Scene, heights: ndarray, masks: dict) -> list[KnownTube]
             row, column = round(y), round(x)
             if 0 <= row < scene.size and 0 <= column < scene.size and masks[kind][i, row, column]:
                 wall = float(wall_thickness(r)) if kind == "bronchus" else 0.0
-                axis = (float(axes[j, 0]), float(axes[j, 1]), float(axes[j, 2]))
-                found.append(KnownTube(kind, (i, y, x), axis, float(2 * r), wall))
+                found.append(KnownTube(kind, (i, y, x), triple(axes[j]), float(2 * r), wall))
     return found
 
 

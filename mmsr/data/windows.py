@@ -40,10 +40,9 @@ class Window(NamedTuple):
     def gain(self) -> float:
         """Return how much [−1, 1] moves for one step of the scan's unit."""
         if not (np.isfinite([self.air, self.tissue]).all() and self.tissue > self.air):
-            raise RangeError(
-                f"window: expected finite values with tissue above air, got air {self.air} and "
-                f"tissue {self.tissue} {self.unit}; invert the scan if its tissue is dark"
-            )
+            got = f"air {self.air} and tissue {self.tissue} {self.unit}"
+            text = f"expected finite values with tissue above air, got {got}"
+            raise RangeError(f"window: {text}; invert the scan if its tissue is dark")
         return (TISSUE_LEVEL - AIR_LEVEL) / (self.tissue - self.air)
 
     @property
@@ -66,10 +65,8 @@ class Window(NamedTuple):
         np.clip(unit, -1, 1, out=unit)
         if np.isnan(unit).any():
             first = tuple(np.argwhere(np.isnan(unit))[0].tolist())
-            raise RangeError(
-                f"values: NaN at index {first}; expected finite {self.unit}; replace NaN by air "
-                f"({self.air:g}) before the window"
-            )
+            text = f"NaN at index {first}; expected finite {self.unit}"
+            raise RangeError(f"values: {text}; replace NaN by air ({self.air:g}) before the window")
         return unit
 
     def from_unit(self, unit: Any) -> Any:
@@ -149,8 +146,6 @@ def micro_window(volume: Volume, mask: np.ndarray | None = None) -> Window:
     elif share > 0.77:  # of the variance; a Gaussian cut in two has 0.64, a flat histogram 0.75
         tissue = np.median(values[values > edges[cut]])
     else:
-        raise RangeError(
-            f"volume: air and tissue cannot be told apart, its grey values ({low:g} to {high:g}) "
-            f"form one hill{hint}"
-        )
+        text = f"its grey values ({low:g} to {high:g}) form one hill{hint}"
+        raise RangeError(f"volume: air and tissue cannot be told apart, {text}")
     return Window(float(centres[first]), float(tissue), volume.unit)

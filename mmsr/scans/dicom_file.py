@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from ..core import RESEARCH_ONLY, FileError, GeometryError, MMSRError
-from .slices import MODALITIES
+from .slices import MODALITIES, SharedFile
 
 # %% ../../nbs/5_scans/02_dicom_file.ipynb #bd5f63fe
 _UIDS = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")
@@ -63,12 +63,8 @@ class DicomSlice(NamedTuple):
 
     def stored(self) -> bytes:
         """Read the bytes of its pixels."""
-        read = []
-        with self.path.open("rb") as f:
-            for start, count in self.pieces:
-                f.seek(start)
-                read.append(f.read(count))
-        return b"".join(read)
+        held = SharedFile(self.path.open("rb"))
+        return b"".join(held.read(start, count) for start, count in self.pieces)
 
 # %% ../../nbs/5_scans/02_dicom_file.ipynb #06aad519
 def _beginning(path: Path) -> bytes:

@@ -47,8 +47,7 @@ def check_values(options: ReadOptions, heads: list[DicomSlice]) -> None:
         if tags["RescaleSlope"] == 0:
             raise RangeError(f"{head.name}: RescaleSlope is 0, values are lost; export it again")
     for name, wanted in doubts.values():
-        text = f"expected {wanted}; give the original"
-        options._replace(name=name).refuse_unless_forced(RangeError, text)
+        options._replace(name=name).doubt(RangeError, f"expected {wanted}; give the original")
     if any(h.tags["PhotometricInterpretation"] == "MONOCHROME1" for h in heads):
         options.notes.append("MONOCHROME1: shown with white for the lowest value, values as stored")
 
@@ -104,7 +103,7 @@ def _stored(cells: np.ndarray, options: ReadOptions, head: DicomSlice) -> np.nda
         padded = lost & (cells == padding)
         if (lost & ~padded).any():
             text = f"expected pixels of {bits} bits, got more; export it again"
-            options._replace(name=head.name).refuse_unless_forced(RangeError, text)
+            options._replace(name=head.name).doubt(RangeError, text)
         inside[padded] = values[padded]
     return inside
 

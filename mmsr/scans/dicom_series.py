@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..core import RESEARCH_ONLY, FileError, GeometryError, MMSRError, SettingsError
-from ..data.volume import DicomSource, Grid
+from ..data.volume import DicomSource, Grid, triple
 from .dicom_file import DIRECTORY_CLASS, DicomSlice, check_images, is_dicom, read_slices
 from .dicom_pixels import check_values, decode_slices, rescaled_type, stored_type
 from .regular_grid import SAME_MM, SliceSpacing, measure_steps, resample_to_regular_grid
@@ -44,9 +44,7 @@ def _sorted(
     return ordered, np.array([h.tags["ImagePositionPatient"] for h in ordered]), axes
 
 # %% ../../nbs/5_scans/05_dicom_series.ipynb #bfb55135
-def _check_steps(
-    options: ReadOptions, heads: list[DicomSlice], fit: SliceSpacing, pixel_mm: float
-) -> bool:
+def _check_steps(options: ReadOptions, heads: list[DicomSlice], fit: SliceSpacing) -> bool:
     """Tell whether a stack must be resampled to a regular grid; refuse it unless that is asked for."""
     pairs = [f"{a.name} and {b.name}" for a, b in pairwise(heads)]
     if (double := np.flatnonzero(fit.steps < SAME_MM)).size:
@@ -56,7 +54,7 @@ def _check_steps(
         text = f"{pairs[k]} lie at the same place {what} ({double.size} in all)"
         raise GeometryError(f"{options.name}: {text}; keep one of each pair")
     low, high = fit.steps.min(), fit.steps.max()
-    if fit.sideways > pixel_mm / 4:
+    if fit.sideways > min(heads[0].tags["PixelSpacing"]) / 4:
         way = f"{fit.sideways:.3g} mm sideways over the stack, {fit.tilt:.1f}° off their normal"
         text = f"the slices are sheared (tilted gantry), {way}; give a series on a regular grid"
     elif fit.holes.size:
@@ -218,7 +216,6 @@ def _open(options: ReadOptions, heads: Sequence[DicomSlice]) -> SliceSource:
     kind, tags = np.result_type(*{rescaled_type(head.tags) for head in heads}), heads[0].tags
     if any(head.tags["ImageComments"] for head in heads):
         options.notes.append(RESEARCH_ONLY)
-    y_mm, x_mm = map(float, tags["PixelSpacing"])
     bent = False
     if len(heads) == 1:
         tag = next((t for t in ("SpacingBetweenSlices", "SliceThickness") if tags[t]), "")
@@ -229,10 +226,10 @@ def _open(options: ReadOptions, heads: Sequence[DicomSlice]) -> SliceSource:
         step = float(tags[tag])
     else:
         fit = measure_steps(places, axes[:, 2])
-        bent = _check_steps(options, heads, fit, min(y_mm, x_mm))
+        bent = _check_steps(options, heads, fit)
         step = fit.usual if bent else float(fit.along[-1] - fit.along[0]) / (len(heads) - 1)
     direction = tuple((axes.ravel() + 0.0).tolist())
-    grid = Grid((step, y_mm, x_mm), tuple(places[0].tolist()), direction)
+    grid = Grid(triple((step, *tags["PixelSpacing"])), triple(places[0]), direction)
     instances = tuple((h.tags["SOPClassUID"], h.tags["SOPInstanceUID"], h.frame) for h in heads)
     source = DicomSource(tags["FrameOfReferenceUID"], instances, tags["ConvolutionKernel"])
     if (thick := tags["SliceThickness"]) and step > 1.5 * thick and not bent:

@@ -25,7 +25,7 @@ def _numbering(options: ReadOptions, paths: list[Path]) -> int:
 
     def doubt(k: int, wanted: str, way: str) -> None:
         text = f"expected {wanted}, got {paths[k].name} just before it; {way}"
-        options._replace(name=paths[k + 1].name).refuse_unless_forced(GeometryError, text)
+        options._replace(name=paths[k + 1].name).doubt(GeometryError, text)
 
     kinds = [re.sub(r"\d+", "0", path.stem) for path in paths]
     if other := [k for k, kind in enumerate(kinds[1:]) if kind != kinds[0]]:
@@ -91,15 +91,13 @@ def _said_beside(
         if section == "acquisition":  # its numbers are those of projections, not of slices
             if fits and not any(key.startswith("reconstruction/") for key in fields):
                 text = "got X-ray projections of that size; reconstruct them"
-                refuse.refuse_unless_forced(GeometryError, f"expected slices beside it, {text}")
+                refuse.doubt(GeometryError, f"expected slices beside it, {text}")
         elif high and wide and not fits:
             text = f"expected slices of {high} × {wide} pixels beside it, got {size[0]} × {size[1]}"
             raise GeometryError(f"{path.name}: {text}; take it away and give voxel_mm=…")
         elif slices not in ("", str(count)):
             text = f"expected {slices} slices beside it, got {count}; add the missing ones"
-            refuse.refuse_unless_forced(
-                GeometryError, f"{text}, or take it away and give voxel_mm=…"
-            )
+            refuse.doubt(GeometryError, f"{text}, or take it away and give voxel_mm=…")
     return said, steps
 
 # %% ../../nbs/5_scans/09_image_stack.ipynb #d81a2114
@@ -132,7 +130,7 @@ def _stack_grid(options: ReadOptions, files: list[ImageFile], count: int) -> Gri
     if rise > 1 and rise not in steps and (steps or voxel[0] <= max(voxel[1:])):
         text = f"its numbers rise by {rise}, as if {rise - 1} of {rise} slices were left out"
         way = "give voxel_mm=(z, y, x) with the distance of slices, or all slices"
-        options.refuse_unless_forced(GeometryError, f"{text}; {way}")
+        options.doubt(GeometryError, f"{text}; {way}")
     if not said:
         return Grid(voxel)
     shown = [f"{' × '.join(f'{v:.6g}' for v in size)} mm ({who})" for size, who in said]
@@ -141,7 +139,7 @@ def _stack_grid(options: ReadOptions, files: list[ImageFile], count: int) -> Gri
         if options.voxel is None:
             way = "give voxel_mm=… or voxel_um=… and --force (force=True)"
             raise GeometryError(f"{options.name}: {text}; {way}")
-        options.refuse_unless_forced(GeometryError, f"{text}; take away what is wrong")
+        options.doubt(GeometryError, f"{text}; take away what is wrong")
     options.notes.append(f"voxel size (z, y, x) {shown[0]}")
     return Grid(voxel)
 
@@ -196,8 +194,8 @@ def _read_picture(path: Path) -> list[ImageFile]:
         raise FileError(text) from e
     if not kind or few:
         raise FileError("expected grey of 8 or 16 bits, got colour or others; convert it")
-    lossy = name == "JPEG2000"
-    return [ImageFile(name, path, 1, (height, width), np.dtype(kind), lossy=lossy)]
+    size, lossy = (height, width), name == "JPEG2000"
+    return [ImageFile(name, path, 1, size, np.dtype(kind), lossy=lossy)]
 
 
 def _open_pictures(options: ReadOptions, files: list[ImageFile]) -> SliceSource:

@@ -43,8 +43,7 @@ _MOST_FILES = 50_000
 
 def format_of(path: Path) -> Format | None:
     """Tell the format of a file by its name, or that of a file or folder by what is in it."""
-    name = path.name.lower()
-    if path.is_file() and (named := [f for f in FORMATS if name.endswith(f.endings)]):
+    if path.is_file() and (named := [f for f in FORMATS if path.name.lower().endswith(f.endings)]):
         return named[0]
     return next((f for f in FORMATS if f.is_one(path)), None)
 

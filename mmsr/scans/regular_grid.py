@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..core import GeometryError, ResourceError, available_memory
-from ..data.volume import AIR_HU, Grid
+from ..data.volume import AIR_HU, Grid, triple
 from .slices import Block, HuHistogram, ReadOptions, SliceSource, check_spacing
 
 # %% ../../nbs/5_scans/04_regular_grid.ipynb #95cc07cc
@@ -58,12 +58,10 @@ def measure_steps(places: np.ndarray, normal: np.ndarray) -> SliceSpacing:
 # %% ../../nbs/5_scans/04_regular_grid.ipynb #d6227144
 def _moved(plane: np.ndarray, shift: np.ndarray, sides: tuple[int, int]) -> np.ndarray:
     """Put a slice on a larger field, `shift` (y, x) pixels from its corner; the rest is NaN."""
-    field = plane
-    for axis, (by, side) in enumerate(zip(shift, sides, strict=True)):
-        whole, part = int(by // 1), float(by % 1)
-        room = [(0, 0), (0, 0)]
-        room[axis] = (whole, side - whole - field.shape[axis])
-        field = np.pad(field, room, constant_values=np.nan)
+    whole = (shift // 1).astype(int)
+    room = np.column_stack([whole, sides - whole - plane.shape])  # before and behind, along y and x
+    field = np.pad(plane, room, constant_values=np.nan)
+    for axis, part in enumerate((shift % 1).tolist()):
         if part:  # each pixel from itself and the one before it
             field = (1 - part) * field + part * np.roll(field, 1, axis)
     return field
@@ -137,10 +135,10 @@ def resample_to_regular_grid(
             plane = (1 - part) * kept[low] + part * kept[high] if part else kept[low]
             yield np.where(np.isnan(plane), AIR_HU, np.rint(plane)).astype(np.int16), None
 
-    x, y, z = map(float, places_mm[0] + axes[:, 1::-1] @ way.min(0))
+    origin = triple(places_mm[0] + axes[:, 1::-1] @ way.min(0))
     nearest = np.where(share > 0.5, after, below).tolist()
     source = source and source._replace(instances=tuple(source.instances[k] for k in nearest))
-    grid = Grid((step, *stack.grid.spacing_mm[1:]), (x, y, z), stack.grid.direction)
+    grid = Grid((step, *stack.grid.spacing_mm[1:]), origin, stack.grid.direction)
     return SliceSource((count, *field), np.dtype(np.int16), grid, blocks, source)
 
 # %% ../../nbs/5_scans/04_regular_grid.ipynb #cff422cc
@@ -155,7 +153,7 @@ def as_axial(options: ReadOptions, stack: SliceSource) -> SliceSource:
     kind = ("sagittal", "coronal")[order.index(2)]
     if not options.reorient:
         text = f"expected axial slices, got {kind} ones; turn them with --reorient (reorient=True)"
-        options.refuse_unless_forced(GeometryError, text)
+        options.doubt(GeometryError, text)
         return stack
     if (need := math.prod(stack.shape) * stack.dtype.itemsize) > (free := available_memory()):
         text = f"turning its slices takes {need / 1e9:.2f} GB of memory, got {free / 1e9:.2f} GB"
@@ -172,9 +170,8 @@ def as_axial(options: ReadOptions, stack: SliceSource) -> SliceSource:
     first[order] = over * (np.array(stack.shape[::-1])[order] - 1)
     array = np.flip(stored.T.transpose(order), tuple(np.flatnonzero(over).tolist())).T
     planes = [(plane, padding) for plane in array]
-    sx, sy, sz = np.array(stack.grid.spacing_mm[::-1])[order].tolist()
-    x, y, z = stack.grid.world_mm(first[::-1]).tolist()
+    spacing = triple(np.array(stack.grid.spacing_mm[::-1])[order][::-1])
     turn = (axes[:, order] * np.where(over, -1, 1)).ravel() + 0.0
-    grid = Grid((sz, sy, sx), (x, y, z), tuple(turn.tolist()))
+    grid = Grid(spacing, triple(stack.grid.world_mm(first[::-1])), tuple(turn.tolist()))
     options.notes.append(f"stored as {kind} slices: turned to axial ones")
     return SliceSource(array.shape, stack.dtype, grid, lambda first, last: iter(planes[first:last]))

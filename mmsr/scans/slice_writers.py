@@ -213,9 +213,8 @@ NIFTI = raw_format(".nii", _nifti_header, 32767)
 # %% ../../nbs/5_scans/13_slice_writers.ipynb #65c49782
 def write_piece(path: Path, write: Callable[[Any], object], sync: bool) -> None:
     """Write a file that is there whole or not at all; what a kill leaves lies outside its folder."""
-    with atomic_write(path, folder=path.parent.parent, sync=sync) as temporary:
-        with temporary.open("wb") as f:
-            write(f)
+    with atomic_write(path, folder=path.parent.parent, sync=sync) as made, made.open("wb") as f:
+        write(f)
     if sync and os.name == "posix":  # the name, too
         folder = os.open(path.parent, os.O_RDONLY)
         try:

@@ -29,7 +29,7 @@ def _check_length(options: ReadOptions, header: Header, found: int) -> None:
         raise FileError(f"{name}: cut short, {got}; copy the file again")
     if found > header.due:
         text = f"longer than its header says, {got} or more; convert it anew"
-        options._replace(name=name).refuse_unless_forced(FileError, text)
+        options._replace(name=name).doubt(FileError, text)
 
 
 def _open_data(options: ReadOptions, header: Header) -> tuple[SharedFile, int]:
@@ -65,7 +65,7 @@ def _file_grid(options: ReadOptions, header: Header) -> Grid:
         text = f"its header does not say the voxel size in mm{which}; give voxel_mm=… or voxel_um=…"
         raise GeometryError(f"{options.name}: {text}")
     for text in header.doubts:
-        options.refuse_unless_forced(FileError, text)
+        options.doubt(FileError, text)
     axes = np.eye(3) if header.axes is None else header.axes
     off = np.abs(axes.T @ axes - np.eye(3))
     if not off.max() < 1e-4:
@@ -78,7 +78,7 @@ def _file_grid(options: ReadOptions, header: Header) -> Grid:
         options.notes.append("the header does not say how the scan is oriented: along its own axes")
     elif header.axes is None:
         text = "its header does not say how the scan is oriented; convert it anew"
-        options.refuse_unless_forced(GeometryError, text)
+        options.doubt(GeometryError, text)
     direction = tuple((axes.ravel() + 0.0).tolist())
     if header.spacing is None:
         options.notes.append("the header does not say its unit: voxel size as given, origin 0")
@@ -98,7 +98,7 @@ def stack_of(
     grid = _file_grid(options, header)
     if header.modality == "micro" and options.modality == "clinical":
         text = "expected clinical CT in HU, got what says it is µCT; read it as micro"
-        options.refuse_unless_forced(RangeError, text)
+        options.doubt(RangeError, text)
     options.notes.extend(header.notes)
     read, (width, height, count) = opened(), header.size[:3]
 
@@ -139,11 +139,7 @@ def open_scan_file(options: ReadOptions, headers: list[Header]) -> SliceSource:
     return stack_of(options, header._replace(dtype=dtype), opened)
 
 
-NIFTI, NRRD, METAIMAGE = (
-    Format(name, endings, partial(read_header, read), open_scan_file)
-    for name, read, endings in (
-        ("NIfTI", read_nifti, (".nii", ".nii.gz", ".hdr", ".img")),
-        ("NRRD", read_nrrd, (".nrrd", ".nhdr")),
-        ("MetaImage", read_metaimage, (".mha", ".mhd")),
-    )
-)
+_NIFTI, _METAIMAGE = (".nii", ".nii.gz", ".hdr", ".img"), (".mha", ".mhd")
+NIFTI = Format("NIfTI", _NIFTI, partial(read_header, read_nifti), open_scan_file)
+NRRD = Format("NRRD", (".nrrd", ".nhdr"), partial(read_header, read_nrrd), open_scan_file)
+METAIMAGE = Format("MetaImage", _METAIMAGE, partial(read_header, read_metaimage), open_scan_file)

@@ -93,8 +93,7 @@ def open_writer(
     """
     path, dtype = Path(path), check_writable(path, volume)
     with disk_errors(path.name):
-        to = Target(path, volume, dtype, identity or new_identity(), sync)
-        inner = format_of(path).open(to)
+        inner = format_of(path).open(Target(path, volume, dtype, identity or new_identity(), sync))
 
     def put(z: int, plane: np.ndarray) -> None:
         if plane.shape != volume.array.shape[1:] or plane.dtype != volume.array.dtype:
