@@ -86,6 +86,8 @@ def _cells(data: bytes, head: DicomSlice) -> np.ndarray:
     data = data.rstrip(b"\0\xff")  # to an even length, or more
     if _coded_size(data) != (rows, columns, 1) or data[-2:] != b"\xff\xd9":
         raise ValueError("another size, or no end")
+    if packing == "ljpeg_decode" and b"\xff\xc4" not in data:
+        raise ValueError("no table of Huffman's codes")  # the decoder would read beyond memory
     return getattr(imagecodecs, packing)(data).astype(kind).reshape(rows, columns)
 
 

@@ -109,6 +109,29 @@ def read_tiff(path: Path) -> list[ImageFile]:
     return [ImageFile("TIFF", path, stacked[0], size, dtype, white, lossy, named, said)]
 
 # %% ../../nbs/5_scans/10_tiff_stack.ipynb #7769948b
+_LZW = 5
+_BITS = np.repeat((9, 10, 11, 12), (254, 512, 1024, 2050))  # of the codes of LZW after a clear
+_STARTS = np.cumsum(_BITS) - _BITS
+_CLEAR, _END = 256, 257
+
+
+def _lzw_is_sound(packed: bytes) -> bool:
+    """Tell whether every code names an entry that is there; imagecodecs would read beyond memory."""
+    data = np.pad(np.frombuffer(packed, np.uint8), (0, 2)).astype(np.int32)
+    three, start = data[:-2] << 16 | data[1:-1] << 8 | data[2:], 0  # bytes, from each one on
+    while count := int(np.searchsorted(start + _STARTS + _BITS, 8 * len(packed), "right")):
+        at = start + _STARTS[:count]
+        codes = three[at >> 3] >> (24 - (at & 7) - _BITS[:count]) & ((1 << _BITS[:count]) - 1)
+        stops = np.flatnonzero((codes == _CLEAR) | (codes == _END))
+        stop = int(stops[0]) if stops.size else count
+        if (codes[:stop] > _END + np.arange(stop)).any() or stop == len(_BITS):
+            return False  # each code after the first adds an entry; a full table must be cleared
+        if stop == count or codes[stop] == _END:
+            return True
+        start = int(at[stop] + _BITS[stop])
+    return True
+
+
 def open_tiff(options: ReadOptions, files: list[ImageFile]) -> SliceSource:
     """Open a TIFF stack of one file with many pages, or of many files with one."""
 
@@ -121,7 +144,11 @@ def open_tiff(options: ReadOptions, files: list[ImageFile]) -> SliceSource:
         tif, series = held.file, held.file.series[0]
         shape, dtype = series.shape[-2:], series.dtype.newbyteorder(tif.byteorder)
         if series.dataoffset is None:
-            return series.pages[z].asarray(maxworkers=1).reshape(shape)
+            one = series.pages[z]
+            strips = tif.filehandle.read_segments(one.dataoffsets, one.databytecounts)
+            if one.keyframe.compression == _LZW and not all(_lzw_is_sound(s) for s, _ in strips):
+                raise ValueError("a code of LZW that stands for nothing")
+            return one.asarray(maxworkers=1).reshape(shape)
         # plain pixels one after the other; ImageJ lists only the first page
         place = series.dataoffset + z * math.prod(shape) * dtype.itemsize
         with tif.filehandle.lock:

@@ -10,6 +10,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from pydicom.uid import (
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
+    JPEGLosslessSV1,
     JPEGLSLossless,
     RLELossless,
 )
@@ -417,6 +419,36 @@ def test_malformed_and_odd_scans(
     tmp_path: Path, sound: dict[str, Path], capfd: pytest.CaptureFixture[str], name: str
 ) -> None:
     assert list(faults_of(name, sound[name], tmp_path, capfd)) == []
+
+
+@pytest.mark.parametrize("packing", ["LZW", "lossless JPEG"])
+def test_decoders_stay_within_their_memory(tmp_path: Path, packing: str) -> None:
+    """Some streams with changed bytes end the process in imagecodecs: it must not see them."""
+    rng, options = seeded(0, packing), {}
+    grey = rng.integers(0, 40, (64, 64)).astype(np.uint16)
+    if packing == "LZW":
+        scan, options = tmp_path / "v.tif", {"voxel_um": 50, "slices": (0, 1)}
+        tifffile.imwrite(scan, np.stack([grey] * 2), compression="lzw")
+        file = scan
+        with tifffile.TiffFile(scan) as tif:
+            start = tif.pages[0].dataoffsets[0]
+    else:
+        scan = series(tmp_path / "s", grey.astype(np.int16)[None], syntax=JPEGLosslessSV1)
+        file = next(scan.iterdir())
+        start = file.read_bytes().index(b"\xff\xd8\xff")
+    sound = file.read_bytes()
+    for case in range(2 * COUNT):
+        damaged = bytearray(sound)
+        for place in rng.integers(
+            start, len(sound) if rng.random() < 0.5 else start + 60, 1 + case % 3
+        ):
+            damaged[place] = rng.integers(256)
+        if case == 0 and b"\xff\xc4" in sound:  # no table of codes, and another predictor
+            damaged = bytearray(sound.replace(b"\xff\xc4", b"\xff\xe4"))
+            damaged[sound.index(b"\xff\xda") + 7] = 5
+        file.write_bytes(damaged)
+        with suppress(MMSRError):
+            read_volume(scan, **options)
 
 
 def test_the_sound_ones_are_read(sound: dict[str, Path]) -> None:
