@@ -15,16 +15,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Exit, Option, Typer, echo
 
-from mmsr.app.run_notebook import (
-    declared_types,
-    experiments_folder,
-    find_experiment,
-    named_once,
-    read_parameters,
-    read_yaml,
-    run_experiment,
-    values_by_type,
-)
+from . import run_notebook as notebooks
 from .shell import in_options, run_and_exit
 from ..core import RESEARCH_ONLY, FileError, MMSRError, SettingsError, atomic_write, environment
 
@@ -222,16 +213,17 @@ def run(
     if out is None:
         _run_plain(experiment, given, typed)
         return
-    merged = values_by_type(declared_types(find_experiment(experiment)), given, typed)
+    types = notebooks.declared_types(notebooks.find_experiment(experiment))
+    merged = notebooks.values_by_type(types, given, typed)
     echo(f"[{out.parent}] {experiment}: started", err=True)
-    run_experiment(experiment, out, merged)
+    notebooks.run_experiment(experiment, out, merged)
     echo(f"[{out.parent}] {experiment}: done", err=True)
 
 
 def _json_object(text: str) -> dict[str, Any]:
     """Read an object in which no name stands twice."""
     try:
-        values = json.loads(text, object_pairs_hook=named_once)
+        values = json.loads(text, object_pairs_hook=notebooks.named_once)
     except SettingsError as e:
         raise SettingsError(f"--json: {e}") from None
     except (RecursionError, ValueError):
@@ -246,11 +238,11 @@ def _run_plain(experiment: str, values: dict[str, Any], typed: dict[str, str]) -
     if experiment == "prepare":
         from mmsr.app.prepare import PrepareSettings, prepare
 
-        echo("\n".join(prepare(read_parameters(PrepareSettings, values, typed)).lines()))
+        echo("\n".join(prepare(notebooks.read_parameters(PrepareSettings, values, typed)).lines()))
     elif experiment == "train":
         from mmsr.app.train import TrainSettings, launch_training, train
 
-        chosen = read_parameters(TrainSettings, values, typed)
+        chosen = notebooks.read_parameters(TrainSettings, values, typed)
         if chosen.devices == 1:
             echo(train(chosen))
         else:
@@ -266,7 +258,7 @@ def train_from_file(
     """Train without a notebook; under torchrun or srun on several devices."""
     from mmsr.app.train import TrainSettings, train
 
-    done = train(read_parameters(TrainSettings, read_yaml(file)))
+    done = train(notebooks.read_parameters(TrainSettings, notebooks.read_yaml(file)))
     if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
         state = "finished" if done.finished else "stopped, run again to go on"
         echo(f"{done.weights}: step {done.step}, {state}")
@@ -292,7 +284,7 @@ def demo(
 ) -> None:
     """Show the whole job on a phantom: about 5 minutes on 2 processor cores."""
     echo("a small phantom; two small models, with the MMSR loss and without; a report", err=True)
-    plan(experiments_folder().parents[1] / "workflow" / "plans" / "demo.yaml", out, cores)
+    plan(notebooks.experiments_folder().parents[1] / "workflow" / "plans" / "demo.yaml", out, cores)
 
 # %% ../../nbs/8_app/06_cli.ipynb #e2fa9aa1
 @app.command()

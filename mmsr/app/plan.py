@@ -15,15 +15,8 @@ from typing import Annotated, Any, Self
 import pydantic
 import torch
 
+from . import run_notebook
 from .prepare import PrepareSettings
-from mmsr.app.run_notebook import (
-    end_processes,
-    experiments_folder,
-    make_folder,
-    processes_below,
-    read_parameters,
-    read_yaml,
-)
 from .train import Method, TrainSettings, method_settings
 from ..core import MMSRError, Settings, SettingsError
 from ..evaluation.protocols import EvaluateSettings, SuperResolveSettings, find_weights
@@ -79,7 +72,7 @@ def _section(
     if taken := [name for name in own if name in values]:
         raise SettingsError(f"{section}.{taken[0]}: is the workflow's own; leave it out")
     try:
-        return read_parameters(kind, {**own, **values})
+        return run_notebook.read_parameters(kind, {**own, **values})
     except SettingsError as e:
         raise SettingsError(f"{section}: {e}") from None
 
@@ -107,7 +100,7 @@ def check_plan(plan: Mapping[str, Any], out: str | Path = ".") -> None:
 # %% ../../nbs/8_app/04_plan.ipynb #6b1f0a12
 def snakemake_command(plan: Path, out: Path, cores: int) -> list[str]:
     """Build the Snakemake call for a plan."""
-    workflow = experiments_folder().parents[1] / "workflow"
+    workflow = run_notebook.experiments_folder().parents[1] / "workflow"
     return [
         *(sys.executable, "-m", "snakemake", "--snakefile", str(workflow / "Snakefile")),
         *("--configfile", str(plan.resolve()), "--directory", str(out), "--cores", str(cores)),
@@ -126,21 +119,21 @@ def plan_failure(said: str) -> str:
 
 def run_plan(file: Path, out: Path, cores: int) -> None:
     """Check a plan and carry it out, as far as its results are not up to date."""
-    plan = read_yaml(file)
+    plan = run_notebook.read_yaml(file)
     try:
         check_plan(plan, out)
     except SettingsError as e:
         raise SettingsError(f"{file}: {e}") from None
-    make_folder(out)
+    run_notebook.make_folder(out)
     command = snakemake_command(file, out, cores)
     # Jobs print to Snakemake's stdout: that is for people, here as elsewhere on stderr.
     how: Any = {"stdout": 2, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
-    others = processes_below()
+    others = run_notebook.processes_below()
     with locked(out / ".snakemake", "carries out a plan"), subprocess.Popen(command, **how) as job:
         try:
             said = job.communicate()[1]
         except KeyboardInterrupt:
-            end_processes(others)
+            run_notebook.end_processes(others)
             raise
     if job.returncode:
         reason = plan_failure(said)

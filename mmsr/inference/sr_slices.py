@@ -18,15 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmsr.core import (
-    FileError,
-    MMSRError,
-    RangeError,
-    ResourceError,
-    Settings,
-    SettingsError,
-    ShapeError,
-)
+from .. import core
+from ..core import FileError, MMSRError, RangeError, ResourceError, SettingsError, ShapeError
 from ..data.masks import lung_mask
 from ..data.volume import Volume
 from ..data.windows import AIR_LEVEL, Window
@@ -39,7 +32,7 @@ from ..networks.weights import ModelCard
 from ..training.distributed import deterministic_fp32
 
 # %% ../../nbs/6_inference/05_sr_slices.ipynb #97e5076f
-class SROptions(Settings):
+class SROptions(core.Settings):
     """How a scan is super-resolved.
 
     Parameters

@@ -23,26 +23,9 @@ from .. import __version__
 from ..core import FileError, ResourceError, SettingsError, atomic_write, progress_bar
 from ..networks.generators import G1
 from ..networks.weights import ModelCard, load_generator, save_generator
+from . import health, run_folder
 from .distributed import on_rank_zero
 from .feed import Feed
-from mmsr.training.health import (
-    HealthMetrics,
-    check_finite,
-    check_finite_weights,
-    check_health,
-    preview_picture,
-)
-from mmsr.training.run_folder import (
-    RunFolder,
-    TensorBoardLog,
-    latest_checkpoint,
-    locked,
-    open_run,
-    read_history,
-    restore,
-    save_checkpoint,
-    write_history,
-)
 from .settings import LoopSettings
 from .steps import Meter, OtherNumbers, shown_losses, shown_times, with_enlargement
 
@@ -111,13 +94,13 @@ def open_history(path: Path, columns: Sequence[str], step: int) -> list[dict[str
     """Return the rows of a history up to a step, and leave no others in the file."""
     rows = []
     if path.exists():
-        table = read_history(path)
+        table = run_folder.read_history(path)
         if list(table) != (expected := ["step", *columns]):
             got = f"got {','.join(table)[:80]}; use another run folder"
             raise FileError(f"{path.name}: expected the columns {','.join(expected)}, {got}")
         rows = [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
     rows = [row for row in rows if row["step"] <= step]
-    write_history(path, columns, rows)
+    run_folder.write_history(path, columns, rows)
     return rows
 
 # %% ../../nbs/4_training/07_run.ipynb #079d8f06
@@ -133,7 +116,8 @@ class OpenRun:
         losses: type[tuple[Any, ...]],
         options: RunOptions,
     ) -> None:
-        self.folder, self.files, self.options = Path(folder), RunFolder.of(folder), options
+        self.folder, self.options = Path(folder), options
+        self.files = run_folder.RunFolder.of(folder)
         self.settings, self.feed, self.fabric = feed.settings, feed, feed.fabric
         self.config = {
             "method": self.settings.method(system),
@@ -141,7 +125,7 @@ class OpenRun:
             "data": feed.describe(),
             "precision": self.fabric.strategy.precision.precision,
         }
-        self.meter = Meter(self.fabric, losses, OtherNumbers, HealthMetrics)
+        self.meter = Meter(self.fabric, losses, OtherNumbers, health.HealthMetrics)
         self.step, self.asked = 0, list[str]()
         self.state = {**state, "meter": self.meter}  # all that a step depends on and changes
 
@@ -149,11 +133,11 @@ class OpenRun:
         with ExitStack() as stack:
             found = on_rank_zero(self.fabric, lambda: self._open_folder(stack))
             if found:
-                self.step = restore(self.files, found, self.config, self.state)
+                self.step = run_folder.restore(self.files, found, self.config, self.state)
             history, columns = self.files.history, self.meter.columns
             self.rows = on_rank_zero(self.fabric, lambda: open_history(history, columns, self.step))
             first, steps = self.fabric.is_global_zero, self.settings.steps
-            self.curves = TensorBoardLog(self.files.curves, self.step) if first else None
+            self.curves = run_folder.TensorBoardLog(self.files.curves, self.step) if first else None
             if self.curves:
                 stack.callback(self.curves.close)
             shown, label = self.options.progress and first, f"training {self.folder.name}"
@@ -182,9 +166,9 @@ class OpenRun:
         if self.options.resume == "never" and any(path.exists() for path in held):
             way_out = "choose another folder, or go on with resume='auto'"
             raise SettingsError(f"{self.folder}: holds a run already; {way_out}")
-        stack.enter_context(locked(self.folder))
-        open_run(self.folder, self.config, self.options.on_change)
-        return latest_checkpoint(self.files.checkpoints)
+        stack.enter_context(run_folder.locked(self.folder))
+        run_folder.open_run(self.folder, self.config, self.options.on_change)
+        return run_folder.latest_checkpoint(self.files.checkpoints)
 
 # %% ../../nbs/4_training/07_run.ipynb #4c1f00d2
 class RecordedRun(OpenRun):
@@ -201,21 +185,21 @@ class RecordedRun(OpenRun):
         if (alone and self.fabric.device.type == "cpu") or (self.step + 1) % 25 == 0:
             values = {name: float(value) for name, value in numbers.items()}
             if alone:  # else all processes must stop together, at the next row
-                check_finite(values, self.step + 1)
+                health.check_finite(values, self.step + 1)
             self.bar.set_postfix(shown_losses(values), refresh=False)
         return numbers
 
     def _add_row(self, means: dict[str, float]) -> None:
         self.meter.reset()
         self.rows.append({"step": float(self.step), **means})
-        columns = self.meter.columns
-        on_rank_zero(self.fabric, lambda: write_history(self.files.history, columns, self.rows))
+        file, columns = self.files.history, self.meter.columns
+        on_rank_zero(self.fabric, lambda: run_folder.write_history(file, columns, self.rows))
         if self.curves:
             self.curves.numbers(self.step, means)
-        self.warned = check_health(self.rows, self.settings, self.warned)
+        self.warned = health.check_health(self.rows, self.settings, self.warned)
 
     def _add_preview(self) -> None:
-        png = preview_picture(self._preview())
+        png = health.preview_picture(self._preview())
         with atomic_write(self.files.previews / f"step-{self.step:09d}.png") as temporary:
             temporary.write_bytes(png)
         if self.curves:
@@ -224,10 +208,10 @@ class RecordedRun(OpenRun):
     def save(self) -> None:
         """Write a checkpoint, unless a weight is no number."""
         networks = {name: p for name, p in self.state.items() if isinstance(p, nn.Module)}
-        check_finite_weights(networks, self.step)
+        health.check_finite_weights(networks, self.step)
         state = {name: part.state_dict() for name, part in self.state.items()}
-        state["config"] = self.config
-        on_rank_zero(self.fabric, lambda: save_checkpoint(self.files.checkpoints, self.step, state))
+        state["config"], folder = self.config, self.files.checkpoints
+        on_rank_zero(self.fabric, lambda: run_folder.save_checkpoint(folder, self.step, state))
 
 # %% ../../nbs/4_training/07_run.ipynb #7d8ec936
 WATCH_S = 20  # between looks of `RunOptions.watch`
@@ -260,13 +244,13 @@ class TrainingRun(RecordedRun):
             save_due = self.step % settings.checkpoint_every == 0 or self.step == last
             if row_due or save_due:
                 means = self.meter.gather()
-                check_finite(means, self.step)
+                health.check_finite(means, self.step)
             if row_due:
                 self._add_row(means)
             if self._due(settings.previews_every):
                 on_rank_zero(fabric, self._add_preview)
             if options.watch and fabric.is_global_zero and now - watched > WATCH_S:
-                options.watch(self.rows, preview_picture(self._preview()))
+                options.watch(self.rows, health.preview_picture(self._preview()))
                 watched = now
             if fabric.world_size == 1 or row_due:
                 late = bool(self.asked) or (limit is not None and now - start > limit)

@@ -25,17 +25,8 @@ from zipfile import BadZipFile, ZipFile
 import torch
 from filelock import FileLock, Timeout
 
-from mmsr.core import (
-    FileError,
-    MMSRError,
-    ResourceError,
-    SettingsError,
-    atomic_write,
-    disk_errors,
-    environment,
-    read_json,
-    write_json,
-)
+from .. import core
+from ..core import FileError, MMSRError, ResourceError, SettingsError
 
 # %% ../../nbs/4_training/01_run_folder.ipynb #43e5d77a
 def write_history(
@@ -44,7 +35,7 @@ def write_history(
     """Write the rows of a history, each a number of steps and a mean for each column."""
     lines = [",".join(("step", *columns))]
     lines += [f"{row['step']:.0f}," + ",".join(f"{row[c]:.6g}" for c in columns) for row in rows]
-    with atomic_write(path) as temporary:
+    with core.atomic_write(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf8")
 
 
@@ -149,7 +140,7 @@ def save_checkpoint(folder: str | Path, step: int, state: Mapping[str, Any]) -> 
     # In memory first: torch's own writer reports a full disk as an internal error.
     buffer = io.BytesIO()
     torch.save({**state, "format": CHECKPOINT_FORMAT, "step": step}, buffer)
-    with atomic_write(path) as temporary:
+    with core.atomic_write(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
     remove_old_checkpoints(folder)
     return path
@@ -319,7 +310,7 @@ def open_run(
     ``earlier-2`` and so on, inside.
     """
     run = RunFolder.of(folder)
-    with disk_errors(folder):
+    with core.disk_errors(folder):
         run.checkpoints.mkdir(parents=True, exist_ok=True)
         run.previews.mkdir(exist_ok=True)
     for leftover in Path(folder).rglob(".*.*"):  # of writes that were killed
@@ -337,8 +328,8 @@ def open_run(
         for path in filter(Path.exists, reversed(run)):  # settings go last: it may be killed
             path.replace(aside / path.name)
         return open_run(folder, config)
-    write_json(run.config, config)
-    write_json(run.environment, environment() | {"threads": torch.get_num_threads()})
+    core.write_json(run.config, config)
+    core.write_json(run.environment, core.environment() | {"threads": torch.get_num_threads()})
     return run
 
 
@@ -348,6 +339,6 @@ def _check_going_on(run: RunFolder, config: Mapping[str, Any]) -> None:
     if run.weights.exists() and not checkpoints:
         raise FileError(f"{folder}: holds weights, no checkpoint to go on from; use another folder")
     if run.config.exists():
-        check_same_run(folder, read_json(run.config), config)
+        check_same_run(folder, core.read_json(run.config), config)
     elif checkpoints:
         check_same_run(folder, load_checkpoint(checkpoints[0]).get("config"), config)
