@@ -70,7 +70,7 @@ def _super_resolve(job: Any, out: Path, picture: Path, share: tuple[int, int], d
     def show(one: Any) -> None:
         try:
             with atomic_write(picture) as temporary:
-                overview(job.volume, one).savefig(temporary, format="png")
+                overview(job.inputs.volume, one).savefig(temporary, format="png")
         except MMSRError as e:
             tqdm.write(f"note: no picture: {e}", sys.stderr)  # above the progress bar
 
@@ -84,16 +84,17 @@ def _super_resolve(job: Any, out: Path, picture: Path, share: tuple[int, int], d
     echo(f"{out}: {x} x {y} x {z} voxels of {dx:.4f} x {dy:.4f} x {dz:.4f} mm, int16 HU")
     if picture.exists():
         echo(f"{picture}: a picture of one slice")
-    where = "" if job.mask is None else " in the mask"
+    where = "" if job.inputs.mask is None else " in the mask"
     echo(
         f"block means minus input{where}: {summary.bias_hu:+.1f} HU on average, "
         f"{summary.mean_abs_error_hu:.1f} HU without sign, {summary.worst_hu:.1f} HU at most"
     )
-    if summary.beyond and job.options.exact_means:
+    if summary.beyond and job.inputs.options.exact_means:
         echo(f"{summary.beyond} blocks keep a mean of the scan's that no tissue has")
     if summary.saturated:
         echo(f"{summary.saturated} voxels were cut off at the ends of int16")
-    card, steps = job.card, job.card.training.get("steps", "an unknown number of")
+    card = job.inputs.card
+    steps = card.training.get("steps", "an unknown number of")
     echo(f"weights: {card.method}, {steps} steps on {card.data}. {card.notice}")
 
 
@@ -163,7 +164,7 @@ def super_resolve(
         echo(f"{out}: {_FINISHED}")
         return
     _refuse_existing(taken)
-    for note in job.volume.notes:
+    for note in job.inputs.volume.notes:
         echo(f"note: {note}", err=True)
     echo("\n".join(job.lines(time_one_slice(job))), err=True)
     if not only_plan:

@@ -15,7 +15,7 @@ import torch
 from ..core import RESEARCH_ONLY, ResourceError, available_memory, progress_bar
 from ..data.volume import Volume, sr_geometry
 from .memory import BATCHES_IN_FLIGHT, memory_needed
-from .sr_slices import ScanSummary, SROptions, checked, super_resolve_slices
+from .sr_slices import ScanSummary, SRInputs, SROptions, checked, run_slices
 from ..networks.generators import G1
 from ..networks.weights import ModelCard
 from ..scans.output_plan import placeholder
@@ -130,19 +130,17 @@ def super_resolve(
     ResourceError
         If memory would not suffice.
     """
-    options, lung = checked(volume, g1, card, options, mask, lung)
-    volume = volume._replace(notes=(*volume.notes, *card.unlike(volume)))
-    count = len(volume.array)
+    job = checked(SRInputs(volume, g1, card, options or SROptions(), mask, lung))
+    count, options = len(volume.array), job.options
     check_memory(g1, volume.array.shape, options)
     made = {
         name: one._replace(array=np.empty(one.array.shape, one.array.dtype))
-        for name, one in sr_outputs(volume, g1.settings.scale).items()
+        for name, one in sr_outputs(job.volume, g1.settings.scale).items()
         if {"consistency": consistency, "uncertainty": options.uncertainty}.get(name, True)
     }
     facts = []
-    slices = super_resolve_slices(volume, range(count), g1, card, options, mask, lung)
     with progress_bar(count, "super-resolving", unit="slice", shown=progress) as bar:
-        for one in slices:
+        for one in run_slices(job, range(count)):
             for name, whole in made.items():
                 whole.array[one.z] = getattr(one, name)
             facts.append(one.facts(mask))
