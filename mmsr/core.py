@@ -97,9 +97,8 @@ def disk_errors(name: str | Path) -> Iterator[None]:
             raise
         number = int(code[1]) if code else getattr(first, "errno", None)
         if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ResourceError(
-                f"{name}: not written, the disk is full; free some space and run again"
-            ) from e
+            full = "the disk is full; free some space and run again"
+            raise ResourceError(f"{name}: not written, {full}") from e
         reason = os.strerror(number) if number else first
         raise FileError(f"{name}: not written ({reason})") from e
 

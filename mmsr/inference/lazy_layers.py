@@ -209,10 +209,8 @@ def _make(m: Map, box: Box, tiling: Tiling) -> Tensor:
     if not _finite(piece):
         rows, columns = ([i * tiling.height // m.size[0] for i in span] for span in box)
         place = f"rows {rows[0]} to {rows[1]}, columns {columns[0]} to {columns[1]}"
-        raise RangeError(
-            f"tile at {place}: the generator gave values that are not finite; its weights are "
-            "damaged or its training diverged, take an earlier checkpoint"
-        )
+        cause = "its weights are damaged or its training diverged, take an earlier checkpoint"
+        raise RangeError(f"tile at {place}: the generator gave values that are not finite; {cause}")
     return piece
 
 
@@ -329,10 +327,9 @@ def parts_of(*stages: Stage) -> list[Stage]:
         elif kind in _KNOWN:
             parts.append(stage)
         else:
-            raise SettingsError(
-                f"tile: {kind.__name__} is no layer that can be run in tiles; run whole slices "
-                "(tile=None), or take the blocks of mmsr.networks.layers"
-            )
+            way_out = "run whole slices (tile=None), or take the blocks of mmsr.networks.layers"
+            what = f"{kind.__name__} is no layer that can be run in tiles"
+            raise SettingsError(f"tile: {what}; {way_out}")
     return parts
 
 

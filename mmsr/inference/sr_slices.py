@@ -256,10 +256,9 @@ def _run_batch(job: SRInputs, device: torch.device, batch: _Batch) -> list[SRSli
     except RuntimeError as e:  # in torch's words or in cuDNN's
         if not (isinstance(e, torch.OutOfMemoryError) or "unable to find an engine" in str(e)):
             raise
-        raise ResourceError(
-            f"{device}: its memory does not suffice for {size} slices at once with tile "
-            f"{job.options.tile}; use fewer (--batch 1) or smaller tiles (--tile 64)"
-        ) from e
+        work = f"{size} slices at once with tile {job.options.tile}"
+        way_out = "use fewer (--batch 1) or smaller tiles (--tile 64)"
+        raise ResourceError(f"{device}: its memory does not suffice for {work}; {way_out}") from e
 
 
 def _ahead(make: Callable[[Any], Any], items: Iterable[Any], threads: int = 1) -> Iterator[Any]:
@@ -279,15 +278,13 @@ def checked(given: SRInputs) -> SRInputs:
     volume, g1, card, options, mask, lung = given
     shape, least = volume.array.shape, g1.min_size
     if min(shape[1:]) < least:
-        raise ShapeError(
-            f"volume: expected slices of at least {least} x {least} pixels for this generator, "
-            f"got {shape[2]} x {shape[1]}"
-        )
+        wanted = f"slices of at least {least} x {least} pixels for this generator"
+        raise ShapeError(f"volume: expected {wanted}, got {shape[2]} x {shape[1]}")
     unit = Window.from_dict(card.clinical_window).unit
     if volume.unit != "HU" or unit != "HU":
+        got = f"got {volume.unit} and {unit}; super-resolve clinical CT"
         raise SettingsError(
-            f"volume: expected HU in the volume and in the generator's window, "
-            f"got {volume.unit} and {unit}; super-resolve clinical CT"
+            f"volume: expected HU in the volume and in the generator's window, {got}"
         )
     for name, region in (("mask", mask), ("lung", lung)):
         if region is not None and region.shape != shape:

@@ -49,10 +49,8 @@ def check_memory(
         return need
     fit = max((have - work) // each, 0) if kept is None else 0
     way_out = f"super-resolve at most {fit} slices at a time" if fit else "free some memory"
-    raise ResourceError(
-        f"memory: {need / 1e9:.1f} GB needed for {count} slices of {height}×{width}, "
-        f"{have / 1e9:.1f} GB available; {way_out}"
-    )
+    needed = f"{need / 1e9:.1f} GB needed for {count} slices of {height}×{width}"
+    raise ResourceError(f"memory: {needed}, {have / 1e9:.1f} GB available; {way_out}")
 
 # %% ../../nbs/6_inference/06_super_resolve.ipynb #9cc1b458
 class SRResult(NamedTuple):

@@ -8,7 +8,6 @@ __all__ = ['UNTILED', 'MIN_TILE', 'untileable', 'uses_instance_norm', 'reach', '
 # %% ../../nbs/6_inference/02_tiling.ipynb #6ba7612f
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +27,8 @@ _Ending = Callable[[Tensor, lazy.Box], Tensor]  # of numbers, and of where they 
 def _split(g1: G1) -> tuple[list[Stage], Stage | None]:
     """Separate the last activation from the stages before it; refuse what cannot run in tiles."""
     if not (stages := g1.stages()):
-        raise SettingsError(
-            f"tile: {type(g1).__name__} lists no stages to run in tiles; run whole slices (tile=None)"
-        )
+        what = f"{type(g1).__name__} lists no stages to run in tiles"
+        raise SettingsError(f"tile: {what}; run whole slices (tile=None)")
     ends = type(stages[-1]) in (AddInput, nn.Tanh)
     body = list(stages[:-1] if ends else stages)
     lazy.parts_of(*body)
@@ -71,9 +69,8 @@ def _sr_map(g1: G1, x: Tensor, tiling: lazy.Tiling) -> tuple[lazy.Map, _Ending]:
     """Take a generator through slices, up to the last activation; give that, too."""
     size = x.shape[2] * g1.scale, x.shape[3] * g1.scale
     if untileable(g1):
-        return lazy.Map(
-            size, lambda box: g1(x, tiling.noise)[lazy.index(box)]
-        ), lambda piece, _: piece
+        whole = lazy.Map(size, lambda box: g1(x, tiling.noise)[lazy.index(box)])
+        return whole, lambda piece, _: piece
     body, last = _split(g1)
     m = lazy.run(body, lazy.from_tensor(x), tiling)
     if m.size != size:
@@ -102,13 +99,12 @@ def sr_tiles(
     tiling, noise = _tiling(g1, x, tile, precision), g1.noise_of(x)
     sides = (x.shape[2], x.shape[3])
     wanted = box or ((0, sides[0]), (0, sides[1]))
-    # in steps of 16, so that coarser grids begin on a pixel of their own
     far = reach(g1) if box else UNTILED
-    wide = lazy.each_axis(
-        wanted,
-        sides,
-        lambda a, b, n: (max(a - far, 0) // 16 * 16, min((b + far + 15) // 16 * 16, n)),
-    )
+
+    def around(a: int, b: int, n: int) -> lazy.Span:  # from a pixel of coarser grids, too
+        return max(a - far, 0) // 16 * 16, min((b + far + 15) // 16 * 16, n)
+
+    wide = lazy.each_axis(wanted, sides, around)
     noise, inside = (t if t is None else t[lazy.index(wide)] for t in (noise, inside))
     x, height, width = x[lazy.index(wide)], *(b - a for a, b in wide)
     tiling = tiling._replace(height=height, width=width, noise=noise, inside=inside)
@@ -190,8 +186,7 @@ def sr_slice(
     size = (bottom - top) * g1.scale, (right - left) * g1.scale
     if out is not None and out.shape != (len(x), 1, *size):
         raise ShapeError(f"out: expected shape {(len(x), 1, *size)}, got {tuple(out.shape)}")
-    how: Any = {"tile": tile, "precision": precision, "inside": inside, "box": box}
-    for here, piece in sr_tiles(g1, x, **how):
+    for here, piece in sr_tiles(g1, x, tile=tile, precision=precision, inside=inside, box=box):
         if out is None and piece.shape[2:] == size:
             return piece
         out = x.new_empty(len(x), 1, *size) if out is None else out

@@ -32,9 +32,8 @@ def check_banks(x_bank: PatchBank, y_bank: PatchBank, scale: int) -> None:
     small, large = x_bank.info.size, y_bank.info.size
     if small * scale != large or scale not in (2, 4, 8, 16):
         pair = f"x_bank has {small} and the scale {scale} (2, 4, 8 or 16)"
-        raise ShapeError(
-            f"y_bank: expected patches of {small * scale} pixels, as {pair}, got {large}"
-        )
+        wanted = f"patches of {small * scale} pixels, as {pair}"
+        raise ShapeError(f"y_bank: expected {wanted}, got {large}")
 
 
 def check_sizes(

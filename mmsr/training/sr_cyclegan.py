@@ -200,10 +200,8 @@ def sr_cyclegan_loop(
     feed = Feed(banks, settings, nets, settings.g1.scale, fabric)
     best = steps.averaged_copy(g1) if settings.ema else g1
     opt_g, opt_d = steps.adam(settings, g1, g2), steps.adam(settings, d_x, d_y)
-    pool_x, pool_y = (
-        steps.ImagePool(settings.pool_size, settings.batch_size, settings.seed, name, fabric)
-        for name in "xy"
-    )
+    how = settings.pool_size, settings.batch_size, settings.seed
+    pool_x, pool_y = (steps.ImagePool(*how, name, fabric) for name in "xy")
     state = {"optimiser_g": opt_g, "optimiser_d": opt_d, "pool_x": pool_x, "pool_y": pool_y}
     state |= nets._asdict() | ({"average": best} if settings.ema else {})
     with TrainingRun(folder, "CycleGAN", feed, state, GeneratorLosses, options) as run:

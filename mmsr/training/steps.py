@@ -59,9 +59,8 @@ class ImagePool:
         own = slice(rank * len(images), (rank + 1) * len(images))
         swapped = np.flatnonzero(random.random(self.batch_size)[own] < 0.5)
         places = random.integers(self.capacity, size=self.batch_size)[own][swapped]
-        slot, place = (
-            torch.from_numpy(i).to(images.device, non_blocking=True) for i in (swapped, places)
-        )
+        both = map(torch.from_numpy, (swapped, places))
+        slot, place = (index.to(images.device, non_blocking=True) for index in both)
         shown = images.index_copy(0, slot, self.images[slot, place])
         self.images[slot, place] = images[slot]
         return shown
