@@ -64,16 +64,14 @@ def _check_method(settings: Method, prepare: PrepareSettings, devices: int) -> N
     check_sizes(settings, {"d_x": d_x, "d_y": d_y}, side, scale * side)
 
 # %% ../../nbs/8_app/04_plan.ipynb #dfbe6d79
-def _section(
-    section: str, kind: type[Settings], values: Mapping[str, Any], own: Mapping[str, Any]
-) -> Any:
+def _section(name: str, kind: type[Settings], values: dict[str, Any], own: dict[str, Any]) -> Any:
     """Read a section of a plan; `own` has what the workflow fills in."""
-    if taken := [name for name in own if name in values]:
-        raise SettingsError(f"{section}.{taken[0]}: is the workflow's own; leave it out")
+    if taken := [one for one in own if one in values]:
+        raise SettingsError(f"{name}.{taken[0]}: is the workflow's own; leave it out")
     try:
         return run_notebook.read_parameters(kind, {**own, **values})
     except SettingsError as e:
-        raise SettingsError(f"{section}: {e}") from None
+        raise SettingsError(f"{name}: {e}") from None
 
 
 def check_plan(plan: Mapping[str, Any], out: str | Path = ".") -> None:

@@ -83,11 +83,11 @@ def method_settings(chosen: TrainSettings) -> Method:
         other = f"not of {chosen.system}; omit it"
         raise SettingsError(f"baseline: is of CycleGAN and UNIT (R14), {other}")
     settings = build(chosen.preset, chosen.settings, baseline=baseline)
-    acting = [(name, weight) for name, weight in settings.mmsr.weights.items() if weight]
-    for name, weight in acting if baseline else ():
+    weights = settings.mmsr.weights
+    if baseline and (acting := [name for name, weight in weights.items() if weight]):
+        lacks = f"{chosen.system} has no MMSR terms (R14), got {weights[acting[0]]}"
         way_out = f"leave it out, or take system SR-{chosen.system}"
-        lacks = f"{chosen.system} has no MMSR terms (R14), got {weight}"
-        raise SettingsError(f"settings.mmsr.{name}: {lacks}; {way_out}")
+        raise SettingsError(f"settings.mmsr.{acting[0]}: {lacks}; {way_out}")
     return settings
 
 # %% ../../nbs/8_app/03_train.ipynb #3f236c5d

@@ -170,9 +170,7 @@ class Measures(NamedTuple):
 NEAR_MM = 1.5  # of a bronchus
 
 
-def regions(
-    masks: Mapping[str, np.ndarray], *, spacing_mm: float, scale: int = 8
-) -> list[np.ndarray]:
+def regions(masks: Mapping[str, np.ndarray], *, spacing_mm: float, scale: int) -> list[np.ndarray]:
     """Derive the regions of the table from masks [8h, 8w]; empty where one is missing.
 
     They are the lung, the clinical pixels that lie in it, those of parenchyma, and near bronchi.

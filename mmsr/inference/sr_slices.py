@@ -282,10 +282,9 @@ def checked(given: SRInputs) -> SRInputs:
         raise ShapeError(f"volume: expected {wanted}, got {shape[2]} x {shape[1]}")
     unit = Window.from_dict(card.clinical_window).unit
     if volume.unit != "HU" or unit != "HU":
+        both = "HU in the volume and in the generator's window"
         got = f"got {volume.unit} and {unit}; super-resolve clinical CT"
-        raise SettingsError(
-            f"volume: expected HU in the volume and in the generator's window, {got}"
-        )
+        raise SettingsError(f"volume: expected {both}, {got}")
     for name, region in (("mask", mask), ("lung", lung)):
         if region is not None and region.shape != shape:
             raise ShapeError(f"{name}: expected the volume's shape {shape}, got {region.shape}")

@@ -20,14 +20,7 @@ from ..data.patches import Banks, PatchBank
 from ..losses.gan import latent_loss, lsgan_generator_loss, reconstruction_loss
 from ..losses.mmsr import MMSRTerms, mmsr_loss, mmsr_terms_on_small_grid
 from ..networks.discriminators import PatchDiscriminator
-from mmsr.networks.unit import (
-    Decoder,
-    Encoder,
-    UNITGenerator,
-    UNITNetworks,
-    UNITSettings,
-    build_unit,
-)
+from ..networks.unit import Decoder, Encoder, UNITGenerator, UNITNetworks, UNITSettings
 from . import steps
 from .distributed import Fabric, make_fabric, torch_seeded
 from .feed import Feed
@@ -130,7 +123,7 @@ class SRUNITNetworks(NamedTuple):
 def networks_of(settings: SRUNITSettings) -> SRUNITNetworks:
     """Build the six networks with their first weights, on the CPU (R13)."""
     return SRUNITNetworks(
-        *build_unit(settings.unit, torch_seeded(settings.seed, "weights", "unit")),
+        *UNITNetworks.build(settings.unit, torch_seeded(settings.seed, "weights", "unit")),
         PatchDiscriminator.build(settings.d_x, torch_seeded(settings.seed, "weights", "d_x")),
         PatchDiscriminator.build(settings.d_y, torch_seeded(settings.seed, "weights", "d_y")),
     )
