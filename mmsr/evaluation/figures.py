@@ -312,7 +312,11 @@ def training_curves(
     steps = np.asarray(table.get("step", []), float)
     if not steps.size:
         raise RangeError("history: expected a step column with at least one row, got none")
-    panels = {name: names for name, names in _loss_panels(table).items() if names}
+    known = tuple(name for names in _PANELS.values() for name in names)
+    acting = [name for name in table if np.any(table[name])]  # not a term that is switched off
+    panels = {p: [n for n in acting if n.startswith(names)] for p, names in _PANELS.items()}
+    panels["other terms"] = [n for n in acting if not n.startswith(known + _NOT_DRAWN)]
+    panels = {name: names for name, names in panels.items() if names}
     figure, (axes,) = _panels(1, len(panels), (2.9 * len(panels), 2.6), title)
     width = max(min(smooth, steps.size // 4), 1)
     for ax, (panel, names) in zip(axes, panels.items(), strict=True):
@@ -335,11 +339,3 @@ _PANELS = {  # the beginnings of the columns' names
     "f(x_sr) ~ x": ("correlation",),
 }
 _NOT_DRAWN = ("step", "total", "gradient", "drift_hu", "spread_hu")
-
-
-def _loss_panels(columns: Mapping[str, Sequence[float]]) -> dict[str, list[str]]:
-    """Sort the columns of a history into panels; a term that is switched off is left out."""
-    known = tuple(name for names in _PANELS.values() for name in names)
-    acting = [name for name in columns if np.any(columns[name])]
-    panels = {p: [n for n in acting if n.startswith(names)] for p, names in _PANELS.items()}
-    return panels | {"other terms": [n for n in acting if not n.startswith(known + _NOT_DRAWN)]}

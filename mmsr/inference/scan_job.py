@@ -186,7 +186,7 @@ def plan_scan(
         seen = _seen(inputs)
         kept = QUEUE + 1 + int(options.batch)
         largest = max([*seen, (g1.min_size, g1.min_size)], key=math.prod)
-        memory = check_memory(g1, volume.array.shape, options, kept, largest)
+        memory = check_memory(inputs, kept, largest)
         disk = _check_disk(output)
     share = sum(map(math.prod, seen)) / volume.array.size
     return ScanJob(inputs, output, overwrite, finished, share, memory, disk)

@@ -6,7 +6,6 @@
 __all__ = ['check_memory', 'SRResult', 'sr_outputs', 'super_resolve']
 
 # %% ../../nbs/6_inference/06_super_resolve.ipynb #82cd9486
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,19 +21,15 @@ from ..scans.output_plan import placeholder
 
 # %% ../../nbs/6_inference/06_super_resolve.ipynb #4c8de243
 def check_memory(
-    g1: G1,
-    shape: Sequence[int],
-    options: SROptions,
-    kept: int | None = None,
-    seen: tuple[int, int] | None = None,
+    job: SRInputs, kept: int | None = None, seen: tuple[int, int] | None = None
 ) -> int:
-    """Return the bytes that a job on slices (z, h, w) takes; refuse it if there are not as many.
+    """Return the bytes that a job, `checked`, takes; refuse it if there are not as many.
 
     `kept` slices are held at once, by default all; of each the network sees `seen` rows and columns,
     by default all. Of a GPU, its own memory is not counted.
     """
-    count, height, width = shape
-    scale, options = g1.settings.scale, options.resolved(g1, shape)
+    count, height, width = job.volume.array.shape
+    g1, scale, options = job.g1, job.g1.settings.scale, job.options
     fine, batch, arrays = height * width * scale**2, int(options.batch), 1 + options.uncertainty
     each = 2 * arrays * fine + 4 * height * width  # results and consistency of a slice
     if torch.device(options.device).type != "cpu":  # batches that wait, and the noise of two
@@ -130,7 +125,7 @@ def super_resolve(
     """
     job = checked(SRInputs(volume, g1, card, options or SROptions(), mask, lung))
     count, options = len(volume.array), job.options
-    check_memory(g1, volume.array.shape, options)
+    check_memory(job)
     made = {
         name: one._replace(array=np.empty(one.array.shape, one.array.dtype))
         for name, one in sr_outputs(job.volume, g1.settings.scale).items()

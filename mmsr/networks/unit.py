@@ -72,8 +72,8 @@ class Encoder(Network):
     """Turn images of one domain into latents (R13)."""
 
     def __init__(self, settings: UNITSettings, octaves: int) -> None:
-        super().__init__()
-        self.settings, self.multiple = settings, 2**octaves
+        super().__init__(settings)
+        self.multiple = 2**octaves
         n, norm, outer = settings.latent >> octaves, settings.norm, outer_norm(settings.norm)
         self.head = layers.conv_block(1, n, settings.head_kernel, outer, nn.ReLU())
         downs = [layers.DownBlock(n << i, n << i + 1, outer) for i in range(octaves)]
@@ -94,8 +94,7 @@ class Decoder(Network):
     """Turn latents into images of one domain, doubling their grid as often as it halves (R13)."""
 
     def __init__(self, settings: UNITSettings, octaves: int) -> None:
-        super().__init__()
-        self.settings = settings
+        super().__init__(settings)
         n, norm, kernel = settings.latent, settings.norm, settings.last_kernel
         self.blocks = nn.Sequential(*[ResidualBlock(n, norm) for _ in range(settings.blocks)])
         self.up = layers.up_blocks(n, octaves, settings.up_kernel, outer_norm(norm))
@@ -149,8 +148,7 @@ class UNITGenerator(G1):
     settings_class = UNITSettings
 
     def __init__(self, settings: UNITSettings, networks: UNITNetworks | None = None) -> None:
-        super().__init__()
-        self.settings = settings
+        super().__init__(settings)
         self.encoder = networks.encode_x if networks else Encoder(settings, settings.halvings_x)
         self.decoder = networks.decode_y if networks else Decoder(settings, settings.halvings_y)
         self.min_size = -(-self.encoder.min_size // settings.enlarged)

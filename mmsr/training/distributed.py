@@ -106,9 +106,9 @@ def make_fabric(device: str = "auto", devices: int = 1, precision: Precision = "
     mode: Literal["32-true", "bf16-mixed"] = "32-true" if precision == "32" else "bf16-mixed"
     started, nodes = _processes()
     if devices != started:
-        there = f"processes started on this node: {started}"
+        found = f"processes started on this node: {started}"
         way_out = f"start them with torchrun --nproc-per-node={devices}, or srun"
-        raise SettingsError(f"devices: {devices} asked for, but {there}; {way_out}")
+        raise SettingsError(f"devices: {devices} asked for, but {found}; {way_out}")
     many = started * nodes > 1
     if chosen.type == "cuda":
         if started > (there := torch.cuda.device_count()):

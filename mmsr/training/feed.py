@@ -65,10 +65,8 @@ class Feed:
         self.scale = y_side // x_side if enlarged else scale
         check_banks(x_bank, y_bank, self.scale)
         check_sizes(settings, networks._asdict(), x_side, y_side)
-        batches = UnpairedBatches(
-            x_bank, y_bank, settings.batch_size, settings.seed, settings.augment, self.scale,
-            settings.degraded_fraction,
-        )  # fmt: skip
+        how = settings.batch_size, settings.seed, settings.augment
+        batches = UnpairedBatches(x_bank, y_bank, *how, self.scale, settings.degraded_fraction)
         self.loader = PatchLoader(batches, fabric)
         self.hu_per_unit = 1 / Window.from_dict(x_bank.info.window).gain  # HU in 1 of the networks
         x, y = (preview_patches(bank).to(fabric.device) for bank in self.banks)

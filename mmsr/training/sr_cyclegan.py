@@ -125,12 +125,10 @@ class Networks(NamedTuple):
 
 def networks_of(settings: SRCycleGANSettings) -> Networks:
     """Build the four networks with their first weights, on the CPU (Sec. 2.3)."""
-    return Networks(
-        build_g1(settings.g1, torch_seeded(settings.seed, "weights", "g1")),
-        build_g2(settings.g2, torch_seeded(settings.seed, "weights", "g2")),
-        PatchDiscriminator.build(settings.d_x, torch_seeded(settings.seed, "weights", "d_x")),
-        PatchDiscriminator.build(settings.d_y, torch_seeded(settings.seed, "weights", "d_y")),
-    )
+    own = {name: torch_seeded(settings.seed, "weights", name) for name in Networks._fields}
+    d_x = PatchDiscriminator.build(settings.d_x, own["d_x"])
+    d_y = PatchDiscriminator.build(settings.d_y, own["d_y"])
+    return Networks(build_g1(settings.g1, own["g1"]), build_g2(settings.g2, own["g2"]), d_x, d_y)
 
 # %% ../../nbs/4_training/08_sr_cyclegan.ipynb #f88e563e
 class Outputs(NamedTuple):
