@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESEARCH_ONLY', 'DECIDING', 'MMSRError', 'ShapeError', 'RangeError', 'GeometryError', 'FileError', 'SettingsError',
-           'ResourceError', 'refusal', 'seeded', 'disk_errors', 'atomic_write', 'write_json', 'read_json',
+           'ResourceError', 'refusal', 'seeded', 'disk_errors', 'atomic_write', 'write_file', 'write_json', 'read_json',
            'fingerprint', 'Settings', 'environment', 'available_memory', 'process_memory', 'progress_bar',
            'show_patches', 'add_scale_bar', 'label_sides', 'say_if_black']
 
@@ -130,11 +130,15 @@ def atomic_write(
             temporary.unlink(missing_ok=True)
 
 
+def write_file(path: str | Path, content: bytes | memoryview | str) -> None:
+    """Write bytes, or text as UTF-8, whole or not at all."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write indented JSON with sorted keys, whole or not at all; NaN and infinity are refused."""
-    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
-    with atomic_write(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf8")
+    write_file(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
 def read_json(path: str | Path) -> Any:

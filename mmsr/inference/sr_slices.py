@@ -145,7 +145,7 @@ class ScanSummary(NamedTuple):
             raise FileError(f"the outputs are complete, but {what}: what it said is lost") from e
 
 # %% ../../nbs/6_inference/05_sr_slices.ipynb #5ad28872
-_Regions = tuple[Tensor | None, Tensor | None]  # the network's weight, and the lung; (b, 1, h, w)
+_Regions = Sequence[Tensor | None]  # the network's weight, and the lung; (b, 1, h, w)
 
 
 class SRInputs(NamedTuple):
@@ -218,7 +218,7 @@ def _to_host(made: Tensor) -> np.ndarray:
     return torch.empty(made.shape, dtype=made.dtype, pin_memory=True).copy_(made).numpy()
 
 
-def _finish(job: SRInputs, slices: Sequence[int], hu: Tensor, regions: _Regions) -> list[SRSlice]:
+def _finish(job: SRInputs, slices: Sequence[int], hu: Tensor, *regions: Any) -> list[SRSlice]:
     """Super-resolve some slices, round them to HU and bring them back from the device."""
     window, low, high = Window.from_dict(job.card.clinical_window), -32768, 32767
     sr = job.run(hu, *regions)
@@ -246,10 +246,8 @@ def _run_batch(job: SRInputs, device: torch.device, batch: _Batch) -> list[SRSli
     full = [*range(len(slices)), *[len(slices) - 1] * (size - len(slices))]
     try:
         with torch.inference_mode(), torch.cuda.device(device if device.type == "cuda" else -1):
-            there: Any = [a if a is None else torch.from_numpy(a[full])[:, None] for a in arrays]
-            hu, weight, lung = (t if t is None else t.to(device) for t in there)
-            assert hu is not None
-            return _finish(job, slices, hu, (weight, lung))
+            there: Any = (a if a is None else torch.from_numpy(a[full]).to(device) for a in arrays)
+            return _finish(job, slices, *there)
     except MMSRError as e:
         last = "" if len(slices) == 1 else f" to {slices[-1]}"
         raise type(e)(f"slice {slices[0]}{last}: {e}") from e
@@ -357,10 +355,10 @@ def run_slices(job: SRInputs, slices: Sequence[int]) -> Iterator[SRSlice]:
     weighted = partial(blend_weight, spacing_mm=volume.spacing_mm[1:], blend_mm=options.blend_mm)
     batches = [slices[first : first + size] for first in range(0, len(slices), size)]
 
-    def load(batch: Sequence[int]) -> _Batch:  # (b, h, w)
-        hu = np.stack([np.asarray(volume.array[z], np.float32) for z in batch])
+    def load(batch: Sequence[int]) -> _Batch:  # (b, 1, h, w)
+        hu = np.stack([np.asarray(volume.array[z], np.float32) for z in batch])[:, None]
         regions = (
-            None if whole is None else np.stack([change(whole[z] != 0) for z in batch])
+            None if whole is None else np.stack([change(whole[z] != 0) for z in batch])[:, None]
             for whole, change in ((mask, weighted), (lung, enough))
         )
         return batch, [hu, *regions]

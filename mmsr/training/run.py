@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..core import FileError, ResourceError, SettingsError, atomic_write, progress_bar
+from ..core import FileError, ResourceError, SettingsError, progress_bar, write_file
 from ..networks.generators import G1
 from ..networks.weights import ModelCard, load_generator, save_generator
 from . import health, run_folder
@@ -199,8 +199,7 @@ class _RecordedRun(_OpenRun):
 
     def _add_preview(self) -> None:
         png = health.preview_picture(self._preview())
-        with atomic_write(self.files.previews / f"step-{self.step:09d}.png") as temporary:
-            temporary.write_bytes(png)
+        write_file(self.files.previews / f"step-{self.step:09d}.png", png)
         if self.curves:
             self.curves.picture(self.step, "preview", png)
 

@@ -33,8 +33,7 @@ def write_history(
     """Write the rows of a history, each a number of steps and a mean for each column."""
     lines = [",".join(("step", *columns))]
     lines += [f"{row['step']:.0f}," + ",".join(f"{row[c]:.6g}" for c in columns) for row in rows]
-    with core.atomic_write(path) as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf8")
+    core.write_file(path, "\n".join(lines) + "\n")
 
 
 def read_history(path: str | Path) -> dict[str, list[float]]:
@@ -138,8 +137,7 @@ def save_checkpoint(folder: str | Path, step: int, state: Mapping[str, Any]) -> 
     # In memory first: torch's own writer reports a full disk as an internal error.
     buffer = io.BytesIO()
     torch.save({**state, "format": CHECKPOINT_FORMAT, "step": step}, buffer)
-    with core.atomic_write(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+    core.write_file(path, buffer.getbuffer())
     _remove_old_checkpoints(folder)
     return path
 
