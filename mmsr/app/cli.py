@@ -93,8 +93,7 @@ def _super_resolve(job: Any, out: Path, picture: Path, share: tuple[int, int], d
         echo(f"{summary.beyond} blocks keep a mean of the scan's that no tissue has")
     if summary.saturated:
         echo(f"{summary.saturated} voxels were cut off at the ends of int16")
-    card = job.inputs.card
-    steps = card.training.get("steps", "an unknown number of")
+    card, steps = job.inputs.card, job.inputs.card.training.get("steps", "an unknown number of")
     echo(f"weights: {card.method}, {steps} steps on {card.data}. {card.notice}")
 
 

@@ -7,7 +7,7 @@ __all__ = ['UNTILED', 'MIN_TILE', 'untileable', 'uses_instance_norm', 'reach', '
 
 # %% ../../nbs/6_inference/02_tiling.ipynb #6ba7612f
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +91,7 @@ def sr_tiles(
     precision: str = "32",
     inside: Tensor | None = None,
     box: lazy.Box | None = None,
-) -> Iterator[tuple[lazy.Box, Tensor]]:
+) -> lazy.Tiles:
     """Super-resolve slices tile by tile: where on the SR grid, and the pixels there (R9).
 
     Arguments and errors as in `sr_slice`; the pixels are (b, 1, rows, columns) in [−1, 1].
@@ -129,9 +129,7 @@ def _tiling(g1: G1, x: Tensor, tile: int | None, precision: str) -> lazy.Tiling:
     return lazy.Tiling(tile, x.shape[2], half_on, width=x.shape[3])
 
 
-def _tiles(
-    g1: G1, x: Tensor, tiling: lazy.Tiling, part: lazy.Box | None = None
-) -> Iterator[tuple[lazy.Box, Tensor]]:
+def _tiles(g1: G1, x: Tensor, tiling: lazy.Tiling, part: lazy.Box | None = None) -> lazy.Tiles:
     """Walk over the SR grid, or a part of it."""
     m, ending = _sr_map(g1, x, tiling)
     for box, piece in lazy.walk(m, tiling, part):

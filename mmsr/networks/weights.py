@@ -24,7 +24,7 @@ import mmsr
 from ..core import RESEARCH_ONLY, FileError, RangeError, Settings, SettingsError, write_file
 from ..data.volume import Volume
 from .generators import G1, DownsamplingGenerator, ResnetGenerator, SRGenerator
-from .layers import to_channels_last
+from .layers import Network, to_channels_last
 from .unit import UNITGenerator
 
 # %% ../../nbs/2_networks/05_weights.ipynb #433dba78
@@ -34,7 +34,7 @@ GENERATORS: dict[str, type[G1]] = {
     "unit": UNITGenerator,
 }
 AnyG2Network = DownsamplingGenerator | ResnetGenerator
-G2_NETWORKS: dict[str, type[AnyG2Network]] = {
+G2_NETWORKS: dict[str, type[Network]] = {
     "strided": DownsamplingGenerator,
     "resnet": ResnetGenerator,
 }

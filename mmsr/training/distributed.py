@@ -103,7 +103,6 @@ def make_fabric(device: str = "auto", devices: int = 1, precision: Precision = "
     if precision not in ("32", "bf16"):
         raise SettingsError(f"precision: expected 32 or bf16, got {precision!r}")
     chosen = choose_device(device)
-    mode: Literal["32-true", "bf16-mixed"] = "32-true" if precision == "32" else "bf16-mixed"
     started, nodes = _processes()
     if devices != started:
         found = f"processes started on this node: {started}"
@@ -124,7 +123,7 @@ def make_fabric(device: str = "auto", devices: int = 1, precision: Precision = "
             devices=started if many or chosen.type == "cpu" else [chosen.index or 0],
             num_nodes=nodes,
             strategy="ddp" if many else "auto",
-            precision=mode,
+            precision="32-true" if precision == "32" else "bf16-mixed",
             plugins=None if many else LightningEnvironment(),
         )
         fabric.launch()

@@ -27,9 +27,7 @@ from .. import core
 from ..core import FileError, MMSRError, ResourceError, SettingsError
 
 # %% ../../nbs/4_training/01_run_folder.ipynb #43e5d77a
-def write_history(
-    path: str | Path, columns: Sequence[str], rows: Sequence[Mapping[str, float]]
-) -> None:
+def write_history(path: str | Path, columns: Sequence[str], rows: list[dict[str, float]]) -> None:
     """Write the rows of a history, each a number of steps and a mean for each column."""
     lines = [",".join(("step", *columns))]
     lines += [f"{row['step']:.0f}," + ",".join(f"{row[c]:.6g}" for c in columns) for row in rows]
