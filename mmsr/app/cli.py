@@ -85,10 +85,8 @@ def _super_resolve(job: Any, out: Path, picture: Path, share: tuple[int, int], d
     if picture.exists():
         echo(f"{picture}: a picture of one slice")
     where = "" if job.inputs.mask is None else " in the mask"
-    echo(
-        f"block means minus input{where}: {summary.bias_hu:+.1f} HU on average, "
-        f"{summary.mean_abs_error_hu:.1f} HU without sign, {summary.worst_hu:.1f} HU at most"
-    )
+    off = f"{summary.mean_abs_error_hu:.1f} HU without sign, {summary.worst_hu:.1f} HU at most"
+    echo(f"block means minus input{where}: {summary.bias_hu:+.1f} HU on average, {off}")
     if summary.beyond and job.inputs.options.exact_means:
         echo(f"{summary.beyond} blocks keep a mean of the scan's that no tissue has")
     if summary.saturated:

@@ -190,7 +190,5 @@ def health_line(run: str | Path, settings: Method) -> str:
         return "no row of the history is written yet"
     verdict = diagnose(rows, settings.health, settings.mmsr.ties_anatomy) or "healthy"
     last = rows[-1]
-    return (
-        f"step {last['step']:.0f}: f(x_sr) ~ x {last['correlation']:.2f}, mean "
-        f"{last['drift_hu']:.0f} HU away, spread {last['spread_hu']:.0f} HU; {verdict}"
-    )
+    grey = f"mean {last['drift_hu']:.0f} HU away, spread {last['spread_hu']:.0f} HU"
+    return f"step {last['step']:.0f}: f(x_sr) ~ x {last['correlation']:.2f}, {grey}; {verdict}"

@@ -124,11 +124,9 @@ def _check_disk(output: OutputPlan) -> int:
         disks[disk] = disks.get(disk, 0) + max(need, 0)
         if disks[disk] > (free := free_space(path)):
             more, left = (tqdm.format_sizeof(size, "B") for size in (disks[disk], free))
-            raise ResourceError(
-                f"{path}: up to {more} more of disk needed for {len(volume.array)} slices, {left} "
-                "free; free some space, choose another disk, a packed format (.ome.zarr, .nii.gz) "
-                "or fewer slices"
-            )
+            needs = f"up to {more} more of disk needed for {len(volume.array)} slices, {left} free"
+            others = "choose another disk, a packed format (.ome.zarr, .nii.gz) or fewer slices"
+            raise ResourceError(f"{path}: {needs}; free some space, {others}")
     return total
 
 # %% ../../nbs/6_inference/07_scan_job.ipynb #1ca3da9c

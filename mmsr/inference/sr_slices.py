@@ -218,7 +218,7 @@ def _to_host(made: Tensor) -> np.ndarray:
     return torch.empty(made.shape, dtype=made.dtype, pin_memory=True).copy_(made).numpy()
 
 
-def _finish(job: SRInputs, slices: Sequence[int], hu: Tensor, *regions: Any) -> list[SRSlice]:
+def _finish(job: SRInputs, slices: Sequence[int], hu: Tensor, regions: _Regions) -> list[SRSlice]:
     """Super-resolve some slices, round them to HU and bring them back from the device."""
     window, low, high = Window.from_dict(job.card.clinical_window), -32768, 32767
     sr = job.run(hu, *regions)
@@ -247,7 +247,8 @@ def _run_batch(job: SRInputs, device: torch.device, batch: _Batch) -> list[SRSli
     try:
         with torch.inference_mode(), torch.cuda.device(device if device.type == "cuda" else -1):
             there: Any = (a if a is None else torch.from_numpy(a[full]).to(device) for a in arrays)
-            return _finish(job, slices, *there)
+            hu, *regions = there
+            return _finish(job, slices, hu, regions)
     except MMSRError as e:
         last = "" if len(slices) == 1 else f" to {slices[-1]}"
         raise type(e)(f"slice {slices[0]}{last}: {e}") from e

@@ -71,10 +71,9 @@ class TrainedRun(NamedTuple):
 
     def __repr__(self) -> str:
         count = sum(weight.numel() for weight in self.g1.parameters())
-        return (
-            f"{self.weights}: step {self.step}, {'finished' if self.finished else 'stopped'}\n"
-            f"G1: {type(self.g1).__name__}, {count:,} weights"
-        )
+        state = "finished" if self.finished else "stopped"
+        g1 = f"G1: {type(self.g1).__name__}, {count:,} weights"
+        return f"{self.weights}: step {self.step}, {state}\n{g1}"
 
 
 Loop = Generator[tuple[Any, dict[str, Tensor]], None, TrainedRun]  # networks and numbers of a step
