@@ -130,15 +130,16 @@ def atomic_write(
             temporary.unlink(missing_ok=True)
 
 
-def write_file(path: str | Path, content: bytes | memoryview | str) -> None:
-    """Write bytes, or text as UTF-8, whole or not at all."""
+def write_file(path: str | Path, content: bytes | memoryview) -> None:
+    """Write bytes, whole or not at all."""
     with atomic_write(path) as temporary:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.write_bytes(content)
 
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write indented JSON with sorted keys, whole or not at all; NaN and infinity are refused."""
-    write_file(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    write_file(path, text.encode())
 
 
 def read_json(path: str | Path) -> Any:

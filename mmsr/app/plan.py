@@ -57,8 +57,8 @@ def _check_method(settings: Method, prepare: PrepareSettings, devices: int) -> N
         both = f"{network.scale} times, but prepare.scale is {scale}"
         raise SettingsError(f"the networks enlarge {both}; change one")
     if settings.batch_size % devices:
-        size = f"batch_size {settings.batch_size}"
-        raise SettingsError(f"{size} cannot be dealt out evenly to {devices} devices")
+        uneven = f"cannot be dealt out evenly to {devices} devices"
+        raise SettingsError(f"batch_size {settings.batch_size} {uneven}")
     with torch.device("meta"):  # their sizes are asked for, not their weights
         d_x, d_y = PatchDiscriminator(settings.d_x), PatchDiscriminator(settings.d_y)
     check_sizes(settings, {"d_x": d_x, "d_y": d_y}, side, scale * side)

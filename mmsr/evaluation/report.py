@@ -103,4 +103,4 @@ def write_report(path: str | Path, title: str, parts: Sequence[str]) -> None:
         f"<style>{STYLE}</style></head><body><h1>{heading}</h1>"
         f"<p class='notice'>{html.escape(RESEARCH_ONLY)}</p>{body}</body></html>\n"
     )
-    write_file(path, page)
+    write_file(path, page.encode())

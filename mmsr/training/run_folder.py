@@ -31,7 +31,8 @@ def write_history(path: str | Path, columns: Sequence[str], rows: list[dict[str,
     """Write the rows of a history, each a number of steps and a mean for each column."""
     lines = [",".join(("step", *columns))]
     lines += [f"{row['step']:.0f}," + ",".join(f"{row[c]:.6g}" for c in columns) for row in rows]
-    core.write_file(path, "\n".join(lines) + "\n")
+    with core.atomic_write(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf8")
 
 
 def read_history(path: str | Path) -> dict[str, list[float]]:
