@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESEARCH_ONLY', 'DECIDING', 'MMSRError', 'ShapeError', 'RangeError', 'GeometryError', 'FileError', 'SettingsError',
-           'ResourceError', 'refusal', 'seeded', 'disk_errors', 'atomic_write', 'write_json', 'read_json',
+           'ResourceError', 'refusal', 'seeded', 'disk_errors', 'atomic_write', 'write_file', 'write_json', 'read_json',
            'fingerprint', 'Settings', 'environment', 'available_memory', 'process_memory', 'progress_bar',
            'show_patches', 'add_scale_bar', 'label_sides', 'say_if_black']
 
@@ -97,9 +97,8 @@ def disk_errors(name: str | Path) -> Iterator[None]:
             raise
         number = int(code[1]) if code else getattr(first, "errno", None)
         if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ResourceError(
-                f"{name}: not written, the disk is full; free some space and run again"
-            ) from e
+            full = "the disk is full; free some space and run again"
+            raise ResourceError(f"{name}: not written, {full}") from e
         reason = os.strerror(number) if number else first
         raise FileError(f"{name}: not written ({reason})") from e
 
@@ -131,11 +130,16 @@ def atomic_write(
             temporary.unlink(missing_ok=True)
 
 
+def write_file(path: str | Path, content: bytes | memoryview) -> None:
+    """Write bytes, whole or not at all."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write indented JSON with sorted keys, whole or not at all; NaN and infinity are refused."""
-    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
-    with atomic_write(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf8")
+    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    write_file(path, text.encode())
 
 
 def read_json(path: str | Path) -> Any:

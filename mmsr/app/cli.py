@@ -15,16 +15,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Exit, Option, Typer, echo
 
-from mmsr.app.run_notebook import (
-    declared_types,
-    experiments_folder,
-    find_experiment,
-    named_once,
-    read_parameters,
-    read_yaml,
-    run_experiment,
-    values_by_type,
-)
+from . import run_notebook as notebooks
 from .shell import in_options, run_and_exit
 from ..core import RESEARCH_ONLY, FileError, MMSRError, SettingsError, atomic_write, environment
 
@@ -79,7 +70,7 @@ def _super_resolve(job: Any, out: Path, picture: Path, share: tuple[int, int], d
     def show(one: Any) -> None:
         try:
             with atomic_write(picture) as temporary:
-                overview(job.volume, one).savefig(temporary, format="png")
+                overview(job.inputs.volume, one).savefig(temporary, format="png")
         except MMSRError as e:
             tqdm.write(f"note: no picture: {e}", sys.stderr)  # above the progress bar
 
@@ -93,16 +84,14 @@ def _super_resolve(job: Any, out: Path, picture: Path, share: tuple[int, int], d
     echo(f"{out}: {x} x {y} x {z} voxels of {dx:.4f} x {dy:.4f} x {dz:.4f} mm, int16 HU")
     if picture.exists():
         echo(f"{picture}: a picture of one slice")
-    where = "" if job.mask is None else " in the mask"
-    echo(
-        f"block means minus input{where}: {summary.bias_hu:+.1f} HU on average, "
-        f"{summary.mean_abs_error_hu:.1f} HU without sign, {summary.worst_hu:.1f} HU at most"
-    )
-    if summary.beyond and job.options.exact_means:
+    where = "" if job.inputs.mask is None else " in the mask"
+    off = f"{summary.mean_abs_error_hu:.1f} HU without sign, {summary.worst_hu:.1f} HU at most"
+    echo(f"block means minus input{where}: {summary.bias_hu:+.1f} HU on average, {off}")
+    if summary.beyond and job.inputs.options.exact_means:
         echo(f"{summary.beyond} blocks keep a mean of the scan's that no tissue has")
     if summary.saturated:
         echo(f"{summary.saturated} voxels were cut off at the ends of int16")
-    card, steps = job.card, job.card.training.get("steps", "an unknown number of")
+    card, steps = job.inputs.card, job.inputs.card.training.get("steps", "an unknown number of")
     echo(f"weights: {card.method}, {steps} steps on {card.data}. {card.notice}")
 
 
@@ -172,7 +161,7 @@ def super_resolve(
         echo(f"{out}: {_FINISHED}")
         return
     _refuse_existing(taken)
-    for note in job.volume.notes:
+    for note in job.inputs.volume.notes:
         echo(f"note: {note}", err=True)
     echo("\n".join(job.lines(time_one_slice(job))), err=True)
     if not only_plan:
@@ -222,16 +211,17 @@ def run(
     if out is None:
         _run_plain(experiment, given, typed)
         return
-    merged = values_by_type(declared_types(find_experiment(experiment)), given, typed)
+    types = notebooks.declared_types(notebooks.find_experiment(experiment))
+    merged = notebooks.values_by_type(types, given, typed)
     echo(f"[{out.parent}] {experiment}: started", err=True)
-    run_experiment(experiment, out, merged)
+    notebooks.run_experiment(experiment, out, merged)
     echo(f"[{out.parent}] {experiment}: done", err=True)
 
 
 def _json_object(text: str) -> dict[str, Any]:
     """Read an object in which no name stands twice."""
     try:
-        values = json.loads(text, object_pairs_hook=named_once)
+        values = json.loads(text, object_pairs_hook=notebooks.named_once)
     except SettingsError as e:
         raise SettingsError(f"--json: {e}") from None
     except (RecursionError, ValueError):
@@ -246,11 +236,11 @@ def _run_plain(experiment: str, values: dict[str, Any], typed: dict[str, str]) -
     if experiment == "prepare":
         from mmsr.app.prepare import PrepareSettings, prepare
 
-        echo("\n".join(prepare(read_parameters(PrepareSettings, values, typed)).lines()))
+        echo("\n".join(prepare(notebooks.read_parameters(PrepareSettings, values, typed)).lines()))
     elif experiment == "train":
         from mmsr.app.train import TrainSettings, launch_training, train
 
-        chosen = read_parameters(TrainSettings, values, typed)
+        chosen = notebooks.read_parameters(TrainSettings, values, typed)
         if chosen.devices == 1:
             echo(train(chosen))
         else:
@@ -266,7 +256,7 @@ def train_from_file(
     """Train without a notebook; under torchrun or srun on several devices."""
     from mmsr.app.train import TrainSettings, train
 
-    done = train(read_parameters(TrainSettings, read_yaml(file)))
+    done = train(notebooks.read_parameters(TrainSettings, notebooks.read_yaml(file)))
     if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
         state = "finished" if done.finished else "stopped, run again to go on"
         echo(f"{done.weights}: step {done.step}, {state}")
@@ -292,7 +282,7 @@ def demo(
 ) -> None:
     """Show the whole job on a phantom: about 5 minutes on 2 processor cores."""
     echo("a small phantom; two small models, with the MMSR loss and without; a report", err=True)
-    plan(experiments_folder().parents[1] / "workflow" / "plans" / "demo.yaml", out, cores)
+    plan(notebooks.experiments_folder().parents[1] / "workflow" / "plans" / "demo.yaml", out, cores)
 
 # %% ../../nbs/8_app/06_cli.ipynb #e2fa9aa1
 @app.command()

@@ -15,15 +15,8 @@ from typing import Annotated, Any, Self
 import pydantic
 import torch
 
+from . import run_notebook
 from .prepare import PrepareSettings
-from mmsr.app.run_notebook import (
-    end_processes,
-    experiments_folder,
-    make_folder,
-    processes_below,
-    read_parameters,
-    read_yaml,
-)
 from .train import Method, TrainSettings, method_settings
 from ..core import MMSRError, Settings, SettingsError
 from ..evaluation.protocols import EvaluateSettings, SuperResolveSettings, find_weights
@@ -64,24 +57,21 @@ def _check_method(settings: Method, prepare: PrepareSettings, devices: int) -> N
         both = f"{network.scale} times, but prepare.scale is {scale}"
         raise SettingsError(f"the networks enlarge {both}; change one")
     if settings.batch_size % devices:
-        raise SettingsError(
-            f"batch_size {settings.batch_size} cannot be dealt out evenly to {devices} devices"
-        )
+        uneven = f"cannot be dealt out evenly to {devices} devices"
+        raise SettingsError(f"batch_size {settings.batch_size} {uneven}")
     with torch.device("meta"):  # their sizes are asked for, not their weights
         d_x, d_y = PatchDiscriminator(settings.d_x), PatchDiscriminator(settings.d_y)
     check_sizes(settings, {"d_x": d_x, "d_y": d_y}, side, scale * side)
 
 # %% ../../nbs/8_app/04_plan.ipynb #dfbe6d79
-def _section(
-    section: str, kind: type[Settings], values: Mapping[str, Any], own: Mapping[str, Any]
-) -> Any:
+def _section(name: str, kind: type[Settings], values: dict[str, Any], own: dict[str, Any]) -> Any:
     """Read a section of a plan; `own` has what the workflow fills in."""
-    if taken := [name for name in own if name in values]:
-        raise SettingsError(f"{section}.{taken[0]}: is the workflow's own; leave it out")
+    if taken := [one for one in own if one in values]:
+        raise SettingsError(f"{name}.{taken[0]}: is the workflow's own; leave it out")
     try:
-        return read_parameters(kind, {**own, **values})
+        return run_notebook.read_parameters(kind, {**own, **values})
     except SettingsError as e:
-        raise SettingsError(f"{section}: {e}") from None
+        raise SettingsError(f"{name}: {e}") from None
 
 
 def check_plan(plan: Mapping[str, Any], out: str | Path = ".") -> None:
@@ -107,7 +97,7 @@ def check_plan(plan: Mapping[str, Any], out: str | Path = ".") -> None:
 # %% ../../nbs/8_app/04_plan.ipynb #6b1f0a12
 def snakemake_command(plan: Path, out: Path, cores: int) -> list[str]:
     """Build the Snakemake call for a plan."""
-    workflow = experiments_folder().parents[1] / "workflow"
+    workflow = run_notebook.experiments_folder().parents[1] / "workflow"
     return [
         *(sys.executable, "-m", "snakemake", "--snakefile", str(workflow / "Snakefile")),
         *("--configfile", str(plan.resolve()), "--directory", str(out), "--cores", str(cores)),
@@ -126,21 +116,21 @@ def plan_failure(said: str) -> str:
 
 def run_plan(file: Path, out: Path, cores: int) -> None:
     """Check a plan and carry it out, as far as its results are not up to date."""
-    plan = read_yaml(file)
+    plan = run_notebook.read_yaml(file)
     try:
         check_plan(plan, out)
     except SettingsError as e:
         raise SettingsError(f"{file}: {e}") from None
-    make_folder(out)
+    run_notebook.make_folder(out)
     command = snakemake_command(file, out, cores)
     # Jobs print to Snakemake's stdout: that is for people, here as elsewhere on stderr.
     how: Any = {"stdout": 2, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
-    others = processes_below()
+    others = run_notebook.processes_below()
     with locked(out / ".snakemake", "carries out a plan"), subprocess.Popen(command, **how) as job:
         try:
             said = job.communicate()[1]
         except KeyboardInterrupt:
-            end_processes(others)
+            run_notebook.end_processes(others)
             raise
     if job.returncode:
         reason = plan_failure(said)

@@ -250,10 +250,9 @@ def run_experiment(name: str, output: str | Path, values: Mapping[str, Any]) -> 
             log.unlink()
             running.replace(output)
     except DeadKernelError:
-        raise ResourceError(
-            f"{notebook.stem}: its process was killed, most often for want of memory, or a patch "
-            "bank was changed under it; run again to go on, or give it less to do"
-        ) from None
+        killed = "was killed, most often for want of memory, or a patch bank was changed under it"
+        way_out = "run again to go on, or give it less to do"
+        raise ResourceError(f"{notebook.stem}: its process {killed}; {way_out}") from None
     except papermill.PapermillExecutionError as e:
         if not hasattr(mmsr.core, e.ename):
             importlib.import_module("mmsr.training.run")  # its errors belong to the family, too

@@ -80,16 +80,14 @@ def method_settings(chosen: TrainSettings) -> Method:
     build = cyclegan_settings if chosen.system.endswith("CycleGAN") else unit_settings
     baseline = None if chosen.system.startswith("SR-") else chosen.baseline
     if baseline is None and chosen.baseline != "sr_networks":
-        raise SettingsError(
-            f"baseline: is of CycleGAN and UNIT (R14), not of {chosen.system}; omit it"
-        )
+        other = f"not of {chosen.system}; omit it"
+        raise SettingsError(f"baseline: is of CycleGAN and UNIT (R14), {other}")
     settings = build(chosen.preset, chosen.settings, baseline=baseline)
     weights = settings.mmsr.weights
     if baseline and (acting := [name for name, weight in weights.items() if weight]):
-        raise SettingsError(
-            f"settings.mmsr.{acting[0]}: {chosen.system} has no MMSR terms (R14), got "
-            f"{weights[acting[0]]}; leave it out, or take system SR-{chosen.system}"
-        )
+        lacks = f"{chosen.system} has no MMSR terms (R14), got {weights[acting[0]]}"
+        way_out = f"leave it out, or take system SR-{chosen.system}"
+        raise SettingsError(f"settings.mmsr.{acting[0]}: {lacks}; {way_out}")
     return settings
 
 # %% ../../nbs/8_app/03_train.ipynb #3f236c5d
@@ -192,7 +190,5 @@ def health_line(run: str | Path, settings: Method) -> str:
         return "no row of the history is written yet"
     verdict = diagnose(rows, settings.health, settings.mmsr.ties_anatomy) or "healthy"
     last = rows[-1]
-    return (
-        f"step {last['step']:.0f}: f(x_sr) ~ x {last['correlation']:.2f}, mean "
-        f"{last['drift_hu']:.0f} HU away, spread {last['spread_hu']:.0f} HU; {verdict}"
-    )
+    grey = f"mean {last['drift_hu']:.0f} HU away, spread {last['spread_hu']:.0f} HU"
+    return f"step {last['step']:.0f}: f(x_sr) ~ x {last['correlation']:.2f}, {grey}; {verdict}"

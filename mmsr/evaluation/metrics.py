@@ -60,13 +60,10 @@ def correlation(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None = None) ->
     return float(u @ v / norm) if norm > 0 else float("nan")
 
 
-def moment_matched(
-    image: np.ndarray, truth: np.ndarray, mask: np.ndarray | None = None
-) -> np.ndarray:
+def moment_matched(image: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Give an image (h, w) the mean and standard deviation that `truth` has in a mask."""
-    where = np.ones(np.shape(truth), bool) if mask is None else mask
     values = np.asarray(image, np.float64)
-    inside, target = values[where], np.asarray(truth, np.float64)[where]
+    inside, target = values[mask], np.asarray(truth, np.float64)[mask]
     gain = target.std() / inside.std() if inside.std() > 0 else 0.0
     return (values - inside.mean()) * gain + target.mean()
 
@@ -170,9 +167,7 @@ class Measures(NamedTuple):
 NEAR_MM = 1.5  # of a bronchus
 
 
-def regions(
-    masks: Mapping[str, np.ndarray], *, spacing_mm: float, scale: int = 8
-) -> list[np.ndarray]:
+def regions(masks: Mapping[str, np.ndarray], *, spacing_mm: float, scale: int) -> list[np.ndarray]:
     """Derive the regions of the table from masks [8h, 8w]; empty where one is missing.
 
     They are the lung, the clinical pixels that lie in it, those of parenchyma, and near bronchi.

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..core import RESEARCH_ONLY, ShapeError, atomic_write
+from ..core import RESEARCH_ONLY, ShapeError, write_file
 
 # %% ../../nbs/7_evaluation/04_report.ipynb #d32fd8f5
 def paragraph(text: str, *, heading: bool = False) -> str:
@@ -103,5 +103,4 @@ def write_report(path: str | Path, title: str, parts: Sequence[str]) -> None:
         f"<style>{STYLE}</style></head><body><h1>{heading}</h1>"
         f"<p class='notice'>{html.escape(RESEARCH_ONLY)}</p>{body}</body></html>\n"
     )
-    with atomic_write(path) as temporary:
-        temporary.write_text(page, encoding="utf8")
+    write_file(path, page.encode())

@@ -23,7 +23,7 @@ from .. import __version__
 from ..core import ResourceError, SettingsError, fingerprint, process_memory, progress_bar
 from ..data.volume import Volume
 from .memory import BATCHES_IN_FLIGHT
-from .sr_slices import ScanSummary, SROptions, SRSlice, checked, super_resolve_slices
+from .sr_slices import ScanSummary, SRInputs, SROptions, SRSlice, checked, run_slices
 from .super_resolve import check_memory, sr_outputs
 from .tiling import reach, uses_instance_norm
 from ..networks.generators import G1
@@ -54,12 +54,7 @@ class ScanTargets(NamedTuple):
 class ScanJob(NamedTuple):
     """A job on a scan, checked, with all that is known before its first slice; see `plan_scan`."""
 
-    volume: Volume
-    mask: np.ndarray | None
-    lung: np.ndarray | None  # where InstanceNorm takes its statistics (R20)
-    g1: G1
-    card: ModelCard
-    options: SROptions  # with numbers where "auto" stood
+    inputs: SRInputs  # with numbers where "auto" stood
     output: OutputPlan
     overwrite: bool
     finished: bool  # an earlier call has made this very result, and it may stay
@@ -70,13 +65,13 @@ class ScanJob(NamedTuple):
     def lines(self, seconds: float) -> list[str]:
         """Say it for people; `seconds` are those of a slice."""
         text = "{2} x {1} x {0} voxels of {5:.4f} x {4:.4f} x {3:.4g} mm"
-        both = self.volume, self.output.outputs["sr"].volume
+        both = self.inputs.volume, self.output.outputs["sr"].volume
         scan, sr = (text.format(*one.array.shape, *one.spacing_mm) for one in both)
         needed = self.memory + process_memory(), self.disk
         memory, disk = (tqdm.format_sizeof(size, "B") for size in needed)
-        total = timedelta(seconds=round(seconds * len(self.volume.array)))
-        norm = "the lung" if self.lung is not None else "the whole slice"
-        norms = [f"norm:   statistics of {norm} (R20)"] * uses_instance_norm(self.g1)
+        total = timedelta(seconds=round(seconds * len(self.inputs.volume.array)))
+        norm = "the lung" if self.inputs.lung is not None else "the whole slice"
+        norms = [f"norm:   statistics of {norm} (R20)"] * uses_instance_norm(self.inputs.g1)
         return [
             f"scan:   {scan}",
             f"result: {sr}",
@@ -86,15 +81,9 @@ class ScanJob(NamedTuple):
         ]
 
 # %% ../../nbs/6_inference/07_scan_job.ipynb #4eca7cfb
-def _job_key(
-    volume: Volume,
-    g1: G1,
-    card: ModelCard,
-    options: SROptions,
-    mask: np.ndarray | None,
-    lung: np.ndarray | None,
-) -> dict[str, object]:
+def _job_key(inputs: SRInputs) -> dict[str, object]:
     """Collect what decides the result: two calls that agree in it may share their slices."""
+    volume, g1, card, options, mask, lung = inputs
     known = getattr(volume.array, "fingerprint", "")  # a lazy scan has been read once already
     weights = [value.detach().cpu().numpy() for value in g1.state_dict().values()]
     return {
@@ -135,11 +124,9 @@ def _check_disk(output: OutputPlan) -> int:
         disks[disk] = disks.get(disk, 0) + max(need, 0)
         if disks[disk] > (free := free_space(path)):
             more, left = (tqdm.format_sizeof(size, "B") for size in (disks[disk], free))
-            raise ResourceError(
-                f"{path}: up to {more} more of disk needed for {len(volume.array)} slices, {left} "
-                "free; free some space, choose another disk, a packed format (.ome.zarr, .nii.gz) "
-                "or fewer slices"
-            )
+            needs = f"up to {more} more of disk needed for {len(volume.array)} slices, {left} free"
+            others = "choose another disk, a packed format (.ome.zarr, .nii.gz) or fewer slices"
+            raise ResourceError(f"{path}: {needs}; free some space, {others}")
     return total
 
 # %% ../../nbs/6_inference/07_scan_job.ipynb #1ca3da9c
@@ -185,29 +172,27 @@ def plan_scan(
     SettingsError, ShapeError, RangeError
         If scan, mask, options and generator do not go together.
     """
-    options, lung = checked(volume, g1, card, options, mask, lung)
-    volume = volume._replace(notes=(*volume.notes, *card.unlike(volume)))
+    inputs = checked(SRInputs(volume, g1, card, options or SROptions(), mask, lung))
+    volume, options = inputs.volume, inputs.options
     if options.uncertainty != (targets.uncertainty is not None):
         raise SettingsError("uncertainty: expected the option and a file for it, got one of them")
     made, paths = sr_outputs(volume, g1.settings.scale), targets._asdict()
     outputs = {name: Output(path, made[name]) for name, path in paths.items() if path is not None}
-    output = plan_outputs(outputs, _job_key(volume, g1, card, options, mask, lung))
+    output = plan_outputs(outputs, _job_key(inputs))
     finished, memory, disk, seen = not overwrite and is_finished(output), 0, 0, [(1, 1)]
     if not finished:
-        seen = _seen(volume, g1, options, mask, lung)
+        seen = _seen(inputs)
         kept = QUEUE + 1 + int(options.batch)
         largest = max([*seen, (g1.min_size, g1.min_size)], key=math.prod)
-        memory = check_memory(g1, volume.array.shape, options, kept, largest)
+        memory = check_memory(inputs, kept, largest)
         disk = _check_disk(output)
     share = sum(map(math.prod, seen)) / volume.array.size
-    facts = finished, share, memory, disk
-    return ScanJob(volume, mask, lung, g1, card, options, output, overwrite, *facts)
+    return ScanJob(inputs, output, overwrite, finished, share, memory, disk)
 
 
-def _seen(
-    volume: Volume, g1: G1, options: SROptions, mask: np.ndarray | None, lung: np.ndarray | None
-) -> list[tuple[int, int]]:
+def _seen(inputs: SRInputs) -> list[tuple[int, int]]:
     """List the rows and columns that the network takes of each slice: all, or those around the mask."""
+    volume, g1, _, options, mask, lung = inputs
     _, height, width = volume.array.shape
     if mask is None or (lung is None and uses_instance_norm(g1)):
         return [(height, width)] * len(mask if mask is not None else volume.array)
@@ -223,16 +208,17 @@ def _seen(
 
 def time_one_slice(job: ScanJob) -> float:
     """Measure the seconds that a slice takes, without writing: on the CPU, on a piece of one."""
-    shape, batch = job.volume.array.shape[1:], int(job.options.batch)
+    volume, g1, card, options, _, _ = job.inputs
+    shape, batch = volume.array.shape[1:], int(options.batch)
     piece = shape
-    if torch.device(job.options.device).type == "cpu":
+    if torch.device(options.device).type == "cpu":
         piece, batch = (min(shape[0], 96), min(shape[1], 96)), 1
     warm = batch * BATCHES_IN_FLIGHT  # each thread warms up
     lung = Volume(np.full((2 * warm, *piece), -800, np.int16), (1.0, 1.0, 1.0))
-    how = job.options.model_copy(update={"batch": batch, "statistics": "slice"})
+    how = options.model_copy(update={"batch": batch, "statistics": "slice"})
     took = 0.0
     for mask, share in ((None, job.share), (lung.array == 0, 1 - job.share)):  # with it, without it
-        slices = super_resolve_slices(lung, range(2 * warm), job.g1, job.card, how, mask)
+        slices = run_slices(SRInputs(lung, g1, card, how, mask), range(2 * warm))
         ready = [time.perf_counter() for _ in slices]
         took += share * (ready[-1] - ready[warm - 1]) / warm
     return took * shape[0] * shape[1] / (piece[0] * piece[1])
@@ -280,14 +266,11 @@ def run_scan(
         middle = missing[len(missing) // 2 : len(missing) // 2 + 1]
         wanted = [*middle, *(z for z in missing if z not in middle)]
         done = output.slices - len(missing) if part == (1, 1) else 0
-        slices = super_resolve_slices(
-            job.volume, wanted, job.g1, job.card, job.options, job.mask, job.lung
-        )
         total, what = len(missing) + done, "super-resolving"
         with progress_bar(total, what, unit="slice", initial=done, shown=progress) as bar:
-            for one in slices:
+            for one in run_slices(job.inputs, wanted):
                 planes = {name: getattr(one, name) for name in job.output.outputs}
-                output.write(one.z, planes, one.facts(job.mask))
+                output.write(one.z, planes, one.facts(job.inputs.mask))
                 if first is not None:
                     first(one)
                     first = None

@@ -6,7 +6,6 @@
 __all__ = ['check_memory', 'SRResult', 'sr_outputs', 'super_resolve']
 
 # %% ../../nbs/6_inference/06_super_resolve.ipynb #82cd9486
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,26 +14,22 @@ import torch
 from ..core import RESEARCH_ONLY, ResourceError, available_memory, progress_bar
 from ..data.volume import Volume, sr_geometry
 from .memory import BATCHES_IN_FLIGHT, memory_needed
-from .sr_slices import ScanSummary, SROptions, checked, super_resolve_slices
+from .sr_slices import ScanSummary, SRInputs, SROptions, checked, run_slices
 from ..networks.generators import G1
 from ..networks.weights import ModelCard
 from ..scans.output_plan import placeholder
 
 # %% ../../nbs/6_inference/06_super_resolve.ipynb #4c8de243
 def check_memory(
-    g1: G1,
-    shape: Sequence[int],
-    options: SROptions,
-    kept: int | None = None,
-    seen: tuple[int, int] | None = None,
+    job: SRInputs, kept: int | None = None, seen: tuple[int, int] | None = None
 ) -> int:
-    """Return the bytes that a job on slices (z, h, w) takes; refuse it if there are not as many.
+    """Return the bytes that a job, `checked`, takes; refuse it if there are not as many.
 
     `kept` slices are held at once, by default all; of each the network sees `seen` rows and columns,
     by default all. Of a GPU, its own memory is not counted.
     """
-    count, height, width = shape
-    scale, options = g1.settings.scale, options.resolved(g1, shape)
+    count, height, width = job.volume.array.shape
+    g1, scale, options = job.g1, job.g1.settings.scale, job.options
     fine, batch, arrays = height * width * scale**2, int(options.batch), 1 + options.uncertainty
     each = 2 * arrays * fine + 4 * height * width  # results and consistency of a slice
     if torch.device(options.device).type != "cpu":  # batches that wait, and the noise of two
@@ -49,10 +44,8 @@ def check_memory(
         return need
     fit = max((have - work) // each, 0) if kept is None else 0
     way_out = f"super-resolve at most {fit} slices at a time" if fit else "free some memory"
-    raise ResourceError(
-        f"memory: {need / 1e9:.1f} GB needed for {count} slices of {height}×{width}, "
-        f"{have / 1e9:.1f} GB available; {way_out}"
-    )
+    needed = f"{need / 1e9:.1f} GB needed for {count} slices of {height}×{width}"
+    raise ResourceError(f"memory: {needed}, {have / 1e9:.1f} GB available; {way_out}")
 
 # %% ../../nbs/6_inference/06_super_resolve.ipynb #9cc1b458
 class SRResult(NamedTuple):
@@ -130,19 +123,17 @@ def super_resolve(
     ResourceError
         If memory would not suffice.
     """
-    options, lung = checked(volume, g1, card, options, mask, lung)
-    volume = volume._replace(notes=(*volume.notes, *card.unlike(volume)))
-    count = len(volume.array)
-    check_memory(g1, volume.array.shape, options)
+    job = checked(SRInputs(volume, g1, card, options or SROptions(), mask, lung))
+    count, options = len(volume.array), job.options
+    check_memory(job)
     made = {
         name: one._replace(array=np.empty(one.array.shape, one.array.dtype))
-        for name, one in sr_outputs(volume, g1.settings.scale).items()
+        for name, one in sr_outputs(job.volume, g1.settings.scale).items()
         if {"consistency": consistency, "uncertainty": options.uncertainty}.get(name, True)
     }
     facts = []
-    slices = super_resolve_slices(volume, range(count), g1, card, options, mask, lung)
     with progress_bar(count, "super-resolving", unit="slice", shown=progress) as bar:
-        for one in slices:
+        for one in run_slices(job, range(count)):
             for name, whole in made.items():
                 whole.array[one.z] = getattr(one, name)
             facts.append(one.facts(mask))

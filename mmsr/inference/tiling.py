@@ -7,24 +7,13 @@ __all__ = ['UNTILED', 'MIN_TILE', 'untileable', 'uses_instance_norm', 'reach', '
 
 # %% ../../nbs/6_inference/02_tiling.ipynb #6ba7612f
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from ..core import SettingsError, ShapeError
-from mmsr.inference.lazy_layers import (
-    Box,
-    Map,
-    Tiling,
-    each_axis,
-    from_tensor,
-    index,
-    parts_of,
-    run,
-    walk,
-)
+from . import lazy_layers as lazy
 from ..networks.generators import G1, AddInput, Enlarge, Stage, add_inside_tanh
 from ..networks.layers import FoldedConvolution, InstanceNorm, check_image
 
@@ -32,18 +21,17 @@ from ..networks.layers import FoldedConvolution, InstanceNorm, check_image
 UNTILED = 1 << 24  # a tile larger than any slice
 MIN_TILE = 64  # smallest tile: for small pieces a processor takes kernels that round otherwise
 
-_Ending = Callable[[Tensor, Box], Tensor]  # of numbers, and of where they are on the SR grid
+_Ending = Callable[[Tensor, lazy.Box], Tensor]  # of numbers, and of where they are on the SR grid
 
 
 def _split(g1: G1) -> tuple[list[Stage], Stage | None]:
     """Separate the last activation from the stages before it; refuse what cannot run in tiles."""
     if not (stages := g1.stages()):
-        raise SettingsError(
-            f"tile: {type(g1).__name__} lists no stages to run in tiles; run whole slices (tile=None)"
-        )
+        what = f"{type(g1).__name__} lists no stages to run in tiles"
+        raise SettingsError(f"tile: {what}; run whole slices (tile=None)")
     ends = type(stages[-1]) in (AddInput, nn.Tanh)
     body = list(stages[:-1] if ends else stages)
-    parts_of(*body)
+    lazy.parts_of(*body)
     return body, stages[-1] if ends else None
 
 
@@ -77,18 +65,19 @@ def reach(g1: G1) -> int:
     return math.ceil(total)
 
 
-def _sr_map(g1: G1, x: Tensor, tiling: Tiling) -> tuple[Map, _Ending]:
+def _sr_map(g1: G1, x: Tensor, tiling: lazy.Tiling) -> tuple[lazy.Map, _Ending]:
     """Take a generator through slices, up to the last activation; give that, too."""
     size = x.shape[2] * g1.scale, x.shape[3] * g1.scale
     if untileable(g1):
-        return Map(size, lambda box: g1(x, tiling.noise)[index(box)]), lambda piece, _: piece
+        whole = lazy.Map(size, lambda box: g1(x, tiling.noise)[lazy.index(box)])
+        return whole, lambda piece, _: piece
     body, last = _split(g1)
-    m = run(body, from_tensor(x), tiling)
+    m = lazy.run(body, lazy.from_tensor(x), tiling)
     if m.size != size:
         name = type(g1).__name__
         raise ShapeError(f"{name}: its stages make {m.size} pixels, its scale asks for {size}")
     if isinstance(last, AddInput):
-        base = run([Enlarge(last.factor)], from_tensor(x), tiling)
+        base = lazy.run([Enlarge(last.factor)], lazy.from_tensor(x), tiling)
         return m, lambda piece, box: add_inside_tanh(piece, base.read(box))
     return m, lambda piece, _: torch.tanh(piece) if last else piece
 
@@ -101,8 +90,8 @@ def sr_tiles(
     tile: int | None = None,
     precision: str = "32",
     inside: Tensor | None = None,
-    box: Box | None = None,
-) -> Iterator[tuple[Box, Tensor]]:
+    box: lazy.Box | None = None,
+) -> lazy.Tiles:
     """Super-resolve slices tile by tile: where on the SR grid, and the pixels there (R9).
 
     Arguments and errors as in `sr_slice`; the pixels are (b, 1, rows, columns) in [−1, 1].
@@ -110,23 +99,22 @@ def sr_tiles(
     tiling, noise = _tiling(g1, x, tile, precision), g1.noise_of(x)
     sides = (x.shape[2], x.shape[3])
     wanted = box or ((0, sides[0]), (0, sides[1]))
-    # in steps of 16, so that coarser grids begin on a pixel of their own
     far = reach(g1) if box else UNTILED
-    wide = each_axis(
-        wanted,
-        sides,
-        lambda a, b, n: (max(a - far, 0) // 16 * 16, min((b + far + 15) // 16 * 16, n)),
-    )
-    noise, inside = (t if t is None else t[index(wide)] for t in (noise, inside))
-    x, height, width = x[index(wide)], *(b - a for a, b in wide)
+
+    def around(a: int, b: int, n: int) -> lazy.Span:  # from a pixel of coarser grids, too
+        return max(a - far, 0) // 16 * 16, min((b + far + 15) // 16 * 16, n)
+
+    wide = lazy.each_axis(wanted, sides, around)
+    noise, inside = (t if t is None else t[lazy.index(wide)] for t in (noise, inside))
+    x, height, width = x[lazy.index(wide)], *(b - a for a, b in wide)
     tiling = tiling._replace(height=height, width=width, noise=noise, inside=inside)
     first = wide[0][0] * g1.scale, wide[1][0] * g1.scale
-    fine = each_axis(wanted, first, lambda a, b, at: (a * g1.scale - at, b * g1.scale - at))
+    fine = lazy.each_axis(wanted, first, lambda a, b, at: (a * g1.scale - at, b * g1.scale - at))
     for here, piece in _tiles(g1, x, tiling, fine):
-        yield each_axis(here, first, lambda a, b, at: (a + at, b + at)), piece
+        yield lazy.each_axis(here, first, lambda a, b, at: (a + at, b + at)), piece
 
 
-def _tiling(g1: G1, x: Tensor, tile: int | None, precision: str) -> Tiling:
+def _tiling(g1: G1, x: Tensor, tile: int | None, precision: str) -> lazy.Tiling:
     """Check what the caller wants."""
     check_image("x", x, min_size=g1.min_size)
     if precision not in ("32", "bf16"):
@@ -138,15 +126,13 @@ def _tiling(g1: G1, x: Tensor, tile: int | None, precision: str) -> Tiling:
         raise SettingsError(reason)
     tile = UNTILED if tile is None else max(tile, MIN_TILE)
     half_on = x.device.type if precision == "bf16" else None
-    return Tiling(tile, x.shape[2], half_on, width=x.shape[3])
+    return lazy.Tiling(tile, x.shape[2], half_on, width=x.shape[3])
 
 
-def _tiles(
-    g1: G1, x: Tensor, tiling: Tiling, part: Box | None = None
-) -> Iterator[tuple[Box, Tensor]]:
+def _tiles(g1: G1, x: Tensor, tiling: lazy.Tiling, part: lazy.Box | None = None) -> lazy.Tiles:
     """Walk over the SR grid, or a part of it."""
     m, ending = _sr_map(g1, x, tiling)
-    for box, piece in walk(m, tiling, part):
+    for box, piece in lazy.walk(m, tiling, part):
         yield box, ending(piece.to(x.dtype), box)
 
 # %% ../../nbs/6_inference/02_tiling.ipynb #0f7e6d7f
@@ -157,7 +143,7 @@ def sr_slice(
     tile: int | None = None,
     precision: str = "32",
     inside: Tensor | None = None,
-    box: Box | None = None,
+    box: lazy.Box | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Super-resolve slices (R9): what `g1(x)` gives, in less memory.
@@ -198,11 +184,10 @@ def sr_slice(
     size = (bottom - top) * g1.scale, (right - left) * g1.scale
     if out is not None and out.shape != (len(x), 1, *size):
         raise ShapeError(f"out: expected shape {(len(x), 1, *size)}, got {tuple(out.shape)}")
-    how: Any = {"tile": tile, "precision": precision, "inside": inside, "box": box}
-    for here, piece in sr_tiles(g1, x, **how):
+    for here, piece in sr_tiles(g1, x, tile=tile, precision=precision, inside=inside, box=box):
         if out is None and piece.shape[2:] == size:
             return piece
         out = x.new_empty(len(x), 1, *size) if out is None else out
-        out[index(here, (top * g1.scale, left * g1.scale))].copy_(piece)
+        out[lazy.index(here, (top * g1.scale, left * g1.scale))].copy_(piece)
     assert out is not None
     return out

@@ -54,9 +54,7 @@ def _unmix(size: int, scale: int) -> Tensor:
     return torch.linalg.inv(lines.reshape(size, size, scale).mean(2).T)
 
 # %% ../../nbs/6_inference/04_two_grids.ipynb #a8a430e1
-def blend_weight(
-    mask: np.ndarray, spacing_mm: tuple[float, float], blend_mm: float = 3.0
-) -> np.ndarray:
+def blend_weight(mask: np.ndarray, spacing_mm: tuple[float, float], blend_mm: float) -> np.ndarray:
     """Turn a mask (h, w) into the network's weight, float32: 1 inside, falling to 0 outside.
 
     `spacing_mm` is the pixel size (y, x), `blend_mm` the width of the ramp outside the mask.

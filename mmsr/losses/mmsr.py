@@ -217,7 +217,7 @@ def mmsr_terms(
         If the two grids of a pair do not differ by one whole factor.
     """
     down_by, up_by = _ratio("x_sr", x_sr, x), _ratio("y", y, y_lr)
-    similarity, distance = _similarity(settings), _distance(settings)
+    similarity, distance = _measures(settings)
     with torch.autocast(x_sr.device.type, enabled=False):
         x, x_sr, y, y_lr = _full(x).detach(), _full(x_sr), _full(y).detach(), _full(y_lr)
         f_x_sr, g_y_lr = shrink(x_sr, down_by, settings.psf_sigma), enlarge(y_lr, up_by)
@@ -235,14 +235,10 @@ def mmsr_loss(terms: MMSRTerms, settings: MMSRSettings) -> Tensor:
     return sum(others, start=first)  # Eq. 4
 
 
-def _similarity(settings: MMSRSettings) -> Callable[[Tensor, Tensor], Tensor]:
-    """SSIM in the form that the settings ask for."""
-    return partial(ssim, c1=settings.c1, c2=settings.c2, window=settings.ssim_window)
-
-
-def _distance(settings: MMSRSettings) -> Callable[[Tensor, Tensor], Tensor]:
-    """L_D and L_U in the form that the settings ask for."""
-    return F.mse_loss if settings.distance == "mse" else F.l1_loss
+def _measures(settings: MMSRSettings) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Give SSIM, and the distance of L_D and L_U, in the form that the settings ask for."""
+    similarity = partial(ssim, c1=settings.c1, c2=settings.c2, window=settings.ssim_window)
+    return similarity, F.mse_loss if settings.distance == "mse" else F.l1_loss
 
 
 def _ratio(name: str, fine: Tensor, coarse: Tensor) -> int:
@@ -260,7 +256,7 @@ def mmsr_terms_on_small_grid(
 ) -> MMSRTerms:
     """Compute what `mmsr_terms` does, building no enlarged image where none is needed."""
     down_by, up_by = _ratio("x_sr", x_sr, x), _ratio("y", y, y_lr)
-    similarity, distance = _similarity(settings), _distance(settings)
+    similarity, distance = _measures(settings)
     with torch.autocast(x_sr.device.type, enabled=False):
         x, y, y_lr = _full(x).detach(), _full(y).detach(), _full(y_lr)
         f_x_sr = shrink(_full(x_sr), down_by, settings.psf_sigma)

@@ -46,8 +46,7 @@ class PatchDiscriminator(Network):
     """Score overlapping pieces of a patch; high means real (Sec. 2.3, R13)."""
 
     def __init__(self, settings: DiscriminatorSettings) -> None:
-        super().__init__()
-        self.settings = settings
+        super().__init__(settings)
         n, norm = settings.channels, settings.norm
         widths = [n * min(2**i, 8) for i in range(settings.layers + 1)]
         self.nets = nn.ModuleList()

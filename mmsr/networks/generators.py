@@ -235,8 +235,7 @@ class SRGenerator(G1):
     settings_class = G1Settings
 
     def __init__(self, settings: G1Settings) -> None:
-        super().__init__()
-        self.settings = settings
+        super().__init__(settings)
         n, norm = settings.channels, settings.norm
         outer, octaves = outer_norm(norm), int(math.log2(settings.scale))
         self.head = conv_block(1, n, settings.head_kernel, outer, layers.PReLU())
@@ -304,8 +303,7 @@ class ResnetGenerator(G1):
     settings_class = ResnetSettings
 
     def __init__(self, settings: ResnetSettings) -> None:
-        super().__init__()
-        self.settings = settings
+        super().__init__(settings)
         n, octaves = settings.channels, settings.octaves
         norm, outer = settings.norm, outer_norm(settings.norm)
         self.head = conv_block(1, n, 7, outer, nn.ReLU())
@@ -350,8 +348,7 @@ class DownsamplingGenerator(Network):
     settings_class = G2Settings
 
     def __init__(self, settings: G2Settings) -> None:
-        super().__init__()
-        self.settings = settings
+        super().__init__(settings)
         n, norm = settings.channels, settings.norm
         octaves, outer = int(math.log2(settings.scale)), outer_norm(settings.norm)
         widths = [1, *[n >> i for i in reversed(range(octaves))]]

@@ -310,7 +310,9 @@ def initialise(net: nn.Module, *, norm: Norm, generator: torch.Generator | None)
 class Network(nn.Module):
     """A network that knows its settings and can be built with fresh weights."""
 
-    settings: Any
+    def __init__(self, settings: Any = None) -> None:
+        super().__init__()
+        self.settings = settings
 
     @classmethod
     def build(cls, settings: Any, generator: torch.Generator | None = None) -> Self:

@@ -21,10 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 
 import mmsr
-from ..core import RESEARCH_ONLY, FileError, RangeError, Settings, SettingsError, atomic_write
+from ..core import RESEARCH_ONLY, FileError, RangeError, Settings, SettingsError, write_file
 from ..data.volume import Volume
 from .generators import G1, DownsamplingGenerator, ResnetGenerator, SRGenerator
-from .layers import to_channels_last
+from .layers import Network, to_channels_last
 from .unit import UNITGenerator
 
 # %% ../../nbs/2_networks/05_weights.ipynb #433dba78
@@ -34,7 +34,7 @@ GENERATORS: dict[str, type[G1]] = {
     "unit": UNITGenerator,
 }
 AnyG2Network = DownsamplingGenerator | ResnetGenerator
-G2_NETWORKS: dict[str, type[AnyG2Network]] = {
+G2_NETWORKS: dict[str, type[Network]] = {
     "strided": DownsamplingGenerator,
     "resnet": ResnetGenerator,
 }
@@ -209,9 +209,7 @@ def save_generator(path: str | Path, g1: G1, record: ModelCard, *, half: bool = 
     except PydanticSerializationError as e:
         reason = " ".join(str(e).split())
         raise SettingsError(f"record: expected plain values for JSON ({reason})") from e
-    content = safetensors_bytes(tensors, {RECORD_KEY: text})
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(content)
+    write_file(path, safetensors_bytes(tensors, {RECORD_KEY: text}))
 
 # %% ../../nbs/2_networks/05_weights.ipynb #47243cb8
 def load_generator(path: str | Path = BUNDLED) -> tuple[G1, ModelCard]:

@@ -35,10 +35,8 @@ def choose_device(name: str = "auto") -> torch.device:
         raise SettingsError(f"device: expected auto, cpu, cuda, cuda:0 and so on, got {name!r}")
     number, there = int(name.partition(":")[2] or 0), torch.cuda.device_count()
     if name != "cpu" and number >= there:  # torch wraps large numbers around
-        raise ResourceError(
-            f"device: {name} asked for, but torch sees {there} GPUs; take device cpu, or install "
-            "torch for your GPU"
-        )
+        way_out = "take device cpu, or install torch for your GPU"
+        raise ResourceError(f"device: {name} asked for, but torch sees {there} GPUs; {way_out}")
     return torch.device(name)
 
 
@@ -105,13 +103,11 @@ def make_fabric(device: str = "auto", devices: int = 1, precision: Precision = "
     if precision not in ("32", "bf16"):
         raise SettingsError(f"precision: expected 32 or bf16, got {precision!r}")
     chosen = choose_device(device)
-    mode: Literal["32-true", "bf16-mixed"] = "32-true" if precision == "32" else "bf16-mixed"
     started, nodes = _processes()
     if devices != started:
-        raise SettingsError(
-            f"devices: {devices} asked for, but processes started on this node: {started}; "
-            f"start them with torchrun --nproc-per-node={devices}, or srun"
-        )
+        found = f"processes started on this node: {started}"
+        way_out = f"start them with torchrun --nproc-per-node={devices}, or srun"
+        raise SettingsError(f"devices: {devices} asked for, but {found}; {way_out}")
     many = started * nodes > 1
     if chosen.type == "cuda":
         if started > (there := torch.cuda.device_count()):
@@ -127,7 +123,7 @@ def make_fabric(device: str = "auto", devices: int = 1, precision: Precision = "
             devices=started if many or chosen.type == "cpu" else [chosen.index or 0],
             num_nodes=nodes,
             strategy="ddp" if many else "auto",
-            precision=mode,
+            precision="32-true" if precision == "32" else "bf16-mixed",
             plugins=None if many else LightningEnvironment(),
         )
         fabric.launch()
@@ -142,10 +138,9 @@ def _processes() -> tuple[int, int]:
     # Only srun sets these; the one process of a batch job that was given several tasks is alone.
     tasks, nodes = (int(os.environ.get(f"SLURM_STEP_NUM_{x}", "1")) for x in ("TASKS", "NODES"))
     if tasks > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
-        raise SettingsError(
-            f"devices: {tasks} tasks on {nodes} nodes, and nothing says how many on each; "
-            f"start them with srun --ntasks-per-node={tasks // nodes}"
-        )
+        unsaid = f"{tasks} tasks on {nodes} nodes, and nothing says how many on each"
+        way_out = f"start them with srun --ntasks-per-node={tasks // nodes}"
+        raise SettingsError(f"devices: {unsaid}; {way_out}")
     return tasks // nodes, nodes
 
 # %% ../../nbs/4_training/02_distributed.ipynb #10671814

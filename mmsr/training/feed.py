@@ -6,7 +6,6 @@
 __all__ = ['check_banks', 'check_sizes', 'Feed']
 
 # %% ../../nbs/4_training/06_feed.ipynb #4925943f
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ from ..core import SettingsError, ShapeError
 from ..data.batches import PatchLoader, UnpairedBatches
 from ..data.patches import Banks, PatchBank
 from ..data.windows import Window
+from ..networks.layers import enlarge_and_pad
 from .distributed import Fabric
 from .health import preview_patches
 from .settings import LoopSettings
-from .steps import enlarge_input
 
 # %% ../../nbs/4_training/06_feed.ipynb #ced3aa7b
 def check_banks(x_bank: PatchBank, y_bank: PatchBank, scale: int) -> None:
@@ -32,14 +31,11 @@ def check_banks(x_bank: PatchBank, y_bank: PatchBank, scale: int) -> None:
     small, large = x_bank.info.size, y_bank.info.size
     if small * scale != large or scale not in (2, 4, 8, 16):
         pair = f"x_bank has {small} and the scale {scale} (2, 4, 8 or 16)"
-        raise ShapeError(
-            f"y_bank: expected patches of {small * scale} pixels, as {pair}, got {large}"
-        )
+        wanted = f"patches of {small * scale} pixels, as {pair}"
+        raise ShapeError(f"y_bank: expected {wanted}, got {large}")
 
 
-def check_sizes(
-    settings: LoopSettings, networks: Mapping[str, Any], x_side: int, y_side: int
-) -> None:
+def check_sizes(settings: LoopSettings, networks: dict[str, Any], x_side: int, y_side: int) -> None:
     """Refuse patches too small for a window, or a network whose name tells what it sees (R14)."""
     sizes = {"mmsr.ssim_window": (x_side, (settings.mmsr.ssim_window or (1,))[0])}
     for name, net in networks.items():
@@ -69,14 +65,12 @@ class Feed:
         self.scale = y_side // x_side if enlarged else scale
         check_banks(x_bank, y_bank, self.scale)
         check_sizes(settings, networks._asdict(), x_side, y_side)
-        batches = UnpairedBatches(
-            x_bank, y_bank, settings.batch_size, settings.seed, settings.augment, self.scale,
-            settings.degraded_fraction,
-        )  # fmt: skip
+        how = settings.batch_size, settings.seed, settings.augment
+        batches = UnpairedBatches(x_bank, y_bank, *how, self.scale, settings.degraded_fraction)
         self.loader = PatchLoader(batches, fabric)
         self.hu_per_unit = 1 / Window.from_dict(x_bank.info.window).gain  # HU in 1 of the networks
         x, y = (preview_patches(bank).to(fabric.device) for bank in self.banks)
-        self.previews = (enlarge_input(x, self.scale) if enlarged else x), y
+        self.previews = (enlarge_and_pad(x, self.scale, 1) if enlarged else x), y
         for network in networks:
             network.to(fabric.device)
             if settings.channels_last:
@@ -87,7 +81,7 @@ class Feed:
         last = self.settings.channels_last
         layout = torch.channels_last if last else torch.contiguous_format
         x, y = (z.contiguous(memory_format=layout) for z in self.loader.batch(step))
-        return (enlarge_input(x, self.scale) if self.settings.enlarged_input else x), y
+        return (enlarge_and_pad(x, self.scale, 1) if self.settings.enlarged_input else x), y
 
     def describe(self) -> dict[str, Any]:
         """Describe the banks by what is in them, not by where they lie."""

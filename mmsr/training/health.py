@@ -150,8 +150,7 @@ def preview_rows(
 
 def preview_picture(rows: Mapping[str, Tensor]) -> bytes:
     """Draw named rows of patches [n 1 h w], repeated to one size, as a PNG; −1 black, 1 white."""
-    import PIL.Image
-    import PIL.ImageDraw
+    from PIL import Image, ImageDraw
 
     side = max(images.shape[-1] for images in rows.values())
     drawn = []
@@ -161,9 +160,9 @@ def preview_picture(rows: Mapping[str, Tensor]) -> bytes:
         drawn.append(F.pad(row, (0, 0, 2, 2), value=1.0))
     grey = ((torch.cat(drawn).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     left = 8 + 6 * max(map(len, rows))
-    picture = PIL.Image.new("L", (left + grey.shape[1], grey.shape[0]), 255)
-    picture.paste(PIL.Image.fromarray(grey.numpy()), (left, 0))
-    draw = PIL.ImageDraw.Draw(picture)
+    picture = Image.new("L", (left + grey.shape[1], grey.shape[0]), 255)
+    picture.paste(Image.fromarray(grey.numpy()), (left, 0))
+    draw = ImageDraw.Draw(picture)
     for i, name in enumerate(rows):
         draw.text((4, i * (side + 4) + side // 2), name, fill=0)
     file = io.BytesIO()

@@ -21,25 +21,12 @@ from ..losses.mmsr import MMSRTerms, enlarge, identity_loss, mmsr_loss, mmsr_ter
 from ..networks.discriminators import PatchDiscriminator
 from ..networks.generators import G1, G1Settings, G2Settings, ResnetSettings
 from ..networks.weights import AnyG1, AnyG2, build_g1, build_g2
+from . import steps
 from .distributed import Fabric, make_fabric, torch_seeded
 from .feed import Feed
 from .health import health_metrics, preview_rows
 from .run import Loop, RunOptions, TrainedRun, TrainingRun, finish, run_to_end
 from .settings import Baseline, Changes, LoopSettings, Preset, preset_settings
-from mmsr.training.steps import (
-    ImagePool,
-    OtherNumbers,
-    ScorePair,
-    StepNoise,
-    adam,
-    averaged_copy,
-    discriminator_loss,
-    frozen,
-    learning_rate_factor,
-    optimise,
-    set_learning_rate,
-    update_average,
-)
 
 # %% ../../nbs/4_training/08_sr_cyclegan.ipynb #b1c4eede
 class SRCycleGANSettings(LoopSettings):
@@ -138,12 +125,10 @@ class Networks(NamedTuple):
 
 def networks_of(settings: SRCycleGANSettings) -> Networks:
     """Build the four networks with their first weights, on the CPU (Sec. 2.3)."""
-    return Networks(
-        build_g1(settings.g1, torch_seeded(settings.seed, "weights", "g1")),
-        build_g2(settings.g2, torch_seeded(settings.seed, "weights", "g2")),
-        PatchDiscriminator.build(settings.d_x, torch_seeded(settings.seed, "weights", "d_x")),
-        PatchDiscriminator.build(settings.d_y, torch_seeded(settings.seed, "weights", "d_y")),
-    )
+    own = {name: torch_seeded(settings.seed, "weights", name) for name in Networks._fields}
+    d_x = PatchDiscriminator.build(settings.d_x, own["d_x"])
+    d_y = PatchDiscriminator.build(settings.d_y, own["d_y"])
+    return Networks(build_g1(settings.g1, own["g1"]), build_g2(settings.g2, own["g2"]), d_x, d_y)
 
 # %% ../../nbs/4_training/08_sr_cyclegan.ipynb #f88e563e
 class Outputs(NamedTuple):
@@ -177,7 +162,7 @@ def middle(y: Tensor, side: int) -> Tensor:
 
 
 def generator_losses(
-    x: Tensor, y: Tensor, outputs: Outputs, scores: ScorePair, settings: SRCycleGANSettings
+    x: Tensor, y: Tensor, outputs: Outputs, scores: steps.ScorePair, settings: SRCycleGANSettings
 ) -> GeneratorLosses:
     """Add up what the generators minimise, given patches, outputs and their scores (Eq. 4)."""
     none, small_y = x.new_zeros(()), middle(y, x.shape[-1])
@@ -211,23 +196,21 @@ def sr_cyclegan_loop(
     """Make the steps of SR-CycleGAN or, without the MMSR terms, of CycleGAN (Sec. 2.3, Eq. 4)."""
     nets = g1, g2, d_x, d_y = networks_of(settings)
     feed = Feed(banks, settings, nets, settings.g1.scale, fabric)
-    best = averaged_copy(g1) if settings.ema else g1
-    opt_g, opt_d = adam(settings, g1, g2), adam(settings, d_x, d_y)
-    pool_x, pool_y = (
-        ImagePool(settings.pool_size, settings.batch_size, settings.seed, name, fabric)
-        for name in "xy"
-    )
+    best = steps.averaged_copy(g1) if settings.ema else g1
+    opt_g, opt_d = steps.adam(settings, g1, g2), steps.adam(settings, d_x, d_y)
+    how = settings.pool_size, settings.batch_size, settings.seed
+    pool_x, pool_y = (steps.ImagePool(*how, name, fabric) for name in "xy")
     state = {"optimiser_g": opt_g, "optimiser_d": opt_d, "pool_x": pool_x, "pool_y": pool_y}
     state |= nets._asdict() | ({"average": best} if settings.ema else {})
     with TrainingRun(folder, "CycleGAN", feed, state, GeneratorLosses, options) as run:
         for step in run.steps():
             x, y = feed.batch(step)
-            noise = StepNoise(settings.seed, step, fabric, g1.noise_channels)
-            factor = learning_rate_factor(step, settings.steps, settings.constant)
-            set_learning_rate(settings.learning_rate * factor, opt_g, opt_d)
+            noise = steps.StepNoise(settings.seed, step, fabric, g1.noise_channels)
+            factor = steps.learning_rate_factor(step, settings.steps, settings.constant)
+            steps.set_learning_rate(settings.learning_rate * factor, opt_g, opt_d)
 
             # Generators: fool the discriminators, close the cycles, keep the patient (Eq. 4).
-            with frozen(d_x, d_y):
+            with steps.frozen(d_x, d_y):
                 with fabric.autocast():
                     x_sr, y_lr = g1(x, noise(x)), g2(y)
                     x_cycle, y_cycle = g2(x_sr), g1(y_lr, noise(y_lr))
@@ -237,18 +220,18 @@ def sr_cyclegan_loop(
                     scores = d_x(y_lr), d_y(x_sr)
                 outputs = Outputs(x_sr, y_lr, x_cycle, y_cycle, x_same, y_same)
                 g_losses = generator_losses(x, y, outputs, scores, settings)
-                norm_g = optimise(fabric, opt_g, g_losses.total, settings.clip)
+                norm_g = steps.optimise(fabric, opt_g, g_losses.total, settings.clip)
 
             # Discriminators: tell real patches from outputs, some of them of the past (R12).
             with fabric.autocast():
                 scores_x = d_x(torch.cat([x, pool_x.query(y_lr, step)]))
                 scores_y = d_y(torch.cat([y, pool_y.query(x_sr, step)]))
-            loss_x, loss_y = discriminator_loss(scores_x), discriminator_loss(scores_y)
-            norm_d = optimise(fabric, opt_d, loss_x + loss_y, settings.clip)
+            loss_x, loss_y = steps.discriminator_loss(scores_x), steps.discriminator_loss(scores_y)
+            norm_d = steps.optimise(fabric, opt_d, loss_x + loss_y, settings.clip)
 
             if settings.ema:
-                update_average(best, g1, step, settings.ema)
-            others = OtherNumbers(loss_x, loss_y, norm_g, norm_d)
+                steps.update_average(best, g1, step, settings.ema)
+            others = steps.OtherNumbers(loss_x, loss_y, norm_g, norm_d)
             health = health_metrics(x, x_sr, feed.hu_per_unit)
             preview = partial(preview_rows, best, g2, *feed.previews)
             yield nets, run.record(g_losses, others, health, preview=preview)

@@ -20,32 +20,13 @@ from ..data.patches import Banks, PatchBank
 from ..losses.gan import latent_loss, lsgan_generator_loss, reconstruction_loss
 from ..losses.mmsr import MMSRTerms, mmsr_loss, mmsr_terms_on_small_grid
 from ..networks.discriminators import PatchDiscriminator
-from mmsr.networks.unit import (
-    Decoder,
-    Encoder,
-    UNITGenerator,
-    UNITNetworks,
-    UNITSettings,
-    build_unit,
-)
+from ..networks.unit import Decoder, Encoder, UNITGenerator, UNITNetworks, UNITSettings
+from . import steps
 from .distributed import Fabric, make_fabric, torch_seeded
 from .feed import Feed
 from .health import health_metrics, preview_rows
 from .run import Loop, RunOptions, TrainedRun, TrainingRun, finish, run_to_end
 from .settings import Baseline, Changes, LoopSettings, Preset, preset_settings
-from mmsr.training.steps import (
-    OtherNumbers,
-    ScorePair,
-    StepNoise,
-    adam,
-    averaged_copy,
-    discriminator_loss,
-    frozen,
-    halving_factor,
-    optimise,
-    set_learning_rate,
-    update_average,
-)
 
 # %% ../../nbs/4_training/09_sr_unit.ipynb #7935167c
 class SRUNITSettings(LoopSettings):
@@ -142,7 +123,7 @@ class SRUNITNetworks(NamedTuple):
 def networks_of(settings: SRUNITSettings) -> SRUNITNetworks:
     """Build the six networks with their first weights, on the CPU (R13)."""
     return SRUNITNetworks(
-        *build_unit(settings.unit, torch_seeded(settings.seed, "weights", "unit")),
+        *UNITNetworks.build(settings.unit, torch_seeded(settings.seed, "weights", "unit")),
         PatchDiscriminator.build(settings.d_x, torch_seeded(settings.seed, "weights", "d_x")),
         PatchDiscriminator.build(settings.d_y, torch_seeded(settings.seed, "weights", "d_y")),
     )
@@ -189,7 +170,7 @@ def translate(
 
 
 def generator_losses(
-    x: Tensor, y: Tensor, outputs: Outputs, scores: ScorePair, settings: SRUNITSettings
+    x: Tensor, y: Tensor, outputs: Outputs, scores: steps.ScorePair, settings: SRUNITSettings
 ) -> GeneratorLosses:
     """Add up what encoders and decoders minimise (R13, Eq. 4)."""
     score_y_lr, score_x_sr = scores
@@ -221,36 +202,37 @@ def sr_unit_loop(
     feed = Feed(banks, settings, nets, settings.unit.scale, fabric)
     translators, (d_x, d_y) = UNITNetworks(*nets[:4]), nets[4:]
     g1 = UNITGenerator(settings.unit, translators)
-    best = averaged_copy(g1) if settings.ema else g1
-    opt_g, opt_d = adam(settings, *translators), adam(settings, d_x, d_y)
+    best = steps.averaged_copy(g1) if settings.ema else g1
+    opt_g, opt_d = steps.adam(settings, *translators), steps.adam(settings, d_x, d_y)
     state = {"optimiser_g": opt_g, "optimiser_d": opt_d}
     state |= nets._asdict() | ({"average": best} if settings.ema else {})
     with TrainingRun(folder, "UNIT", feed, state, GeneratorLosses, options) as run:
         for step in run.steps():
             x, y = feed.batch(step)
-            noise = StepNoise(settings.seed, step, fabric, settings.unit.latent, settings.noise)
-            factor = halving_factor(step, settings.halve_every)
-            set_learning_rate(settings.learning_rate * factor, opt_g, opt_d)
+            channels, strength = settings.unit.latent, settings.noise
+            noise = steps.StepNoise(settings.seed, step, fabric, channels, strength)
+            factor = steps.halving_factor(step, settings.halve_every)
+            steps.set_learning_rate(settings.learning_rate * factor, opt_g, opt_d)
 
             # Encoders and decoders: fool the discriminators, come back, keep the patient (Eq. 4).
-            with frozen(d_x, d_y):
+            with steps.frozen(d_x, d_y):
                 with fabric.autocast():
                     outputs = translate(nets, x, y, noise)
                     scores = d_x(outputs.y_lr), d_y(outputs.x_sr)
                 g_losses = generator_losses(x, y, outputs, scores, settings)
-                norm_g = optimise(fabric, opt_g, g_losses.total, settings.clip)
+                norm_g = steps.optimise(fabric, opt_g, g_losses.total, settings.clip)
 
             # Discriminators: tell real patches from outputs.
             with fabric.autocast():
                 scores_x = d_x(torch.cat([x, outputs.y_lr.detach()]))
                 scores_y = d_y(torch.cat([y, outputs.x_sr.detach()]))
-            loss_x = 2 * discriminator_loss(scores_x)  # UNIT does not halve it
-            loss_y = 2 * discriminator_loss(scores_y)
-            norm_d = optimise(fabric, opt_d, loss_x + loss_y, settings.clip)
+            loss_x = 2 * steps.discriminator_loss(scores_x)  # UNIT does not halve it
+            loss_y = 2 * steps.discriminator_loss(scores_y)
+            norm_d = steps.optimise(fabric, opt_d, loss_x + loss_y, settings.clip)
 
             if settings.ema:
-                update_average(best, g1, step, settings.ema)
-            others = OtherNumbers(loss_x, loss_y, norm_g, norm_d)
+                steps.update_average(best, g1, step, settings.ema)
+            others = steps.OtherNumbers(loss_x, loss_y, norm_g, norm_d)
             health = health_metrics(x, outputs.x_sr, feed.hu_per_unit)
             preview = partial(preview_rows, best, nets.g2, *feed.previews)
             yield nets, run.record(g_losses, others, health, preview=preview)

@@ -155,15 +155,15 @@ def test_which_statistics_are_taken_and_told(tmp_path) -> None:
     small = np.zeros_like(lung)
     small[:, 22:24, 22:24] = True
     by_mask, by_slice = job(mask=small, lung=lung), job(mask=small, statistics="slice")
-    assert job(mask=lung).lung is lung
-    assert by_mask.lung is lung
-    assert by_slice.lung is None
+    assert job(mask=lung).inputs.lung is lung
+    assert by_mask.inputs.lung is lung
+    assert by_slice.inputs.lung is None
     assert by_mask.output.stamp != by_slice.output.stamp
     assert by_mask.share < by_slice.share == 1
     assert "norm:   statistics of the lung (R20)" in by_mask.lines(1.0)
     assert "norm:   statistics of the whole slice (R20)" in by_slice.lines(1.0)
     water = np.zeros_like(hu)
-    assert job(hu=water).options.statistics == "slice"
+    assert job(hu=water).inputs.options.statistics == "slice"
     with pytest.raises(RangeError, match="no lung"):
         job(hu=water, statistics="lung")
     plain = tiny("channel")
