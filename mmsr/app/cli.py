@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -154,9 +155,11 @@ def super_resolve(
     if RESEARCH_ONLY in volume.notes and not force:
         raise FileError(f"{scan}: is itself super-resolved; give what it was made from, or --force")
     inside = read_mask(mask, volume) if mask is not None else None
+    lung = partial(lung_of, volume, scan, slices, **how)
     if lung_only and inside is None:
-        inside = lung_of(volume, scan, slices, **how)
-    job = plan_scan(volume, targets, g1, card, options, mask=inside, overwrite=overwrite)
+        inside = lung()
+    how = {"mask": inside, "find_lung": lung, "overwrite": overwrite}
+    job = plan_scan(volume, targets, g1, card, options, **how)
     if job.finished:
         echo(f"{out}: {_FINISHED}")
         return

@@ -221,8 +221,8 @@ def consistency_figure(consistency_hu: np.ndarray, *, spacing_mm: float, title: 
 def _draw_consistency(figure: Figure, ax: Any, values: np.ndarray, spacing_mm: float) -> None:
     """Draw the map into a panel, and its colours beside it."""
     shown = _draw(ax, values, (0, CONSISTENCY_HU), spacing_mm, cmap="magma")
-    ax.set_title("|f(SR) − input|", fontsize=10)
-    figure.colorbar(shown, ax=ax, shrink=0.8, extend="max", label="HU")
+    ax.set_title(f"|f(SR) − input|, up to {values.max():.1f} HU", fontsize=10)
+    figure.colorbar(shown, ax=ax, location="bottom", shrink=0.8, extend="max", label="HU")
 
 # %% ../../nbs/7_evaluation/03_figures.ipynb #ad41e9c1
 def overview(volume: Volume, one: SRSlice, *, title: str = "", panel_in: float = 3.4) -> Figure:
@@ -278,7 +278,7 @@ def overview(volume: Volume, one: SRSlice, *, title: str = "", panel_in: float =
     shown = _draw(ax, change, (-_CHANGE_HU, _CHANGE_HU), step / scale, **how)
     changed = np.abs(change).max() > 1  # more than rounding
     ax.set_title("detail, SR − bicubic" if changed else "SR is bicubic here", fontsize=10)
-    figure.colorbar(shown, ax=ax, shrink=0.8, extend="both", label="HU")
+    figure.colorbar(shown, ax=ax, location="bottom", shrink=0.8, extend="both", label="HU")
     known = not any("orient" in note for note in volume.notes)
     for ax in axes[1, :2] if known else ():
         core.label_sides(ax, views[0].letters)

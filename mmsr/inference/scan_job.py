@@ -139,6 +139,7 @@ def plan_scan(
     *,
     mask: np.ndarray | None = None,
     lung: np.ndarray | None = None,
+    find_lung: Callable[[], np.ndarray] | None = None,
     overwrite: bool = False,
 ) -> ScanJob:
     """Check a job once, and work out once all that it needs; refuse what could not end.
@@ -157,6 +158,8 @@ def plan_scan(
         Outside it the bicubic-enlarged input stands.
     lung : ndarray of bool, shape of the volume, optional
         Where InstanceNorm takes its statistics (R20); else the mask, else what `lung_mask` finds.
+    find_lung : callable, optional
+        Asked in place of `lung_mask`, which may err where the volume holds few slices of a scan.
     overwrite : bool
         Replace targets that exist, and unfinished work of another job.
 
@@ -172,7 +175,7 @@ def plan_scan(
     SettingsError, ShapeError, RangeError
         If scan, mask, options and generator do not go together.
     """
-    inputs = checked(SRInputs(volume, g1, card, options or SROptions(), mask, lung))
+    inputs = checked(SRInputs(volume, g1, card, options or SROptions(), mask, lung), find_lung)
     volume, options = inputs.volume, inputs.options
     if options.uncertainty != (targets.uncertainty is not None):
         raise SettingsError("uncertainty: expected the option and a file for it, got one of them")

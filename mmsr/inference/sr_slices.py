@@ -272,7 +272,7 @@ def _ahead(make: Callable[[Any], Any], items: Iterable[Any], threads: int = 1) -
             yield waiting.popleft().result()
 
 # %% ../../nbs/6_inference/05_sr_slices.ipynb #1f1cdbe7
-def checked(given: SRInputs) -> SRInputs:
+def checked(given: SRInputs, find_lung: Callable[[], np.ndarray] | None = None) -> SRInputs:
     """Refuse what does not go together; put numbers for "auto", and the lung where it is needed."""
     volume, g1, card, options, mask, lung = given
     shape, least = volume.array.shape, g1.min_size
@@ -294,7 +294,7 @@ def checked(given: SRInputs) -> SRInputs:
         lung = mask
     elif lung is None:
         try:
-            lung = lung_mask(volume)
+            lung = find_lung() if find_lung else lung_mask(volume)
         except RangeError:
             if options.statistics == "lung":
                 raise

@@ -156,6 +156,7 @@ def test_which_statistics_are_taken_and_told(tmp_path) -> None:
     small[:, 22:24, 22:24] = True
     by_mask, by_slice = job(mask=small, lung=lung), job(mask=small, statistics="slice")
     assert job(mask=lung).inputs.lung is lung
+    assert job(find_lung=lambda: lung).inputs.lung is lung  # as of some slices, in the whole scan
     assert by_mask.inputs.lung is lung
     assert by_slice.inputs.lung is None
     assert by_mask.output.stamp != by_slice.output.stamp
