@@ -82,6 +82,7 @@ def side_by_side(
         raise SettingsError(f"columns: expected 1 to 7, and 1 place or more, got {got}; draw two")
     first = next(iter(images.values()))
     grid = np.shape(first)[-2:]
+    axes_mm = next(map(_axes_mm, volumes.values()), np.eye(3, 2)[:, ::-1])  # as stored
     ratios = {name: _ratio(name, np.shape(image), grid) for name, image in images.items()}
     if spacing_mm is None:
         known = (v.spacing_mm[1] * ratios[name] for name, v in volumes.items())
@@ -103,14 +104,25 @@ def side_by_side(
         for ax, (name, image) in zip(row, images.items(), strict=True):
             top, left, length = (ratios[name] * v for v in (*corner, side))
             plane = _plane(name, image, place, position, grid)
+            crop = _upright(plane[top : top + length, left : left + length], axes_mm).image
             pixel_mm = clinical_mm / ratios[name] if ax is row[0] else None
-            _draw(ax, plane[top : top + length, left : left + length], window, pixel_mm)
+            _draw(ax, crop, window, pixel_mm)
             if ax in axes[0]:
                 ax.set_title(textwrap.fill(name, max(int(10 * panel_in), 8)), fontsize=10)
         row[0].set_ylabel(place, fontsize=11)
     return figure
 
 # %% ../../nbs/7_evaluation/03_figures.ipynb #bd3199f6
+def _axes_mm(volume: Volume) -> np.ndarray:
+    """Give the world directions of rows' and columns' index (down, right), a column each."""
+    return np.reshape(volume.direction, (3, 3))[:, 1::-1]
+
+
+def _upright(image: np.ndarray, axes_mm: np.ndarray) -> Plane:
+    """Turn an image to where radiologists would look at it from."""
+    return radiological_view(Plane("", image, None), axes_mm)
+
+
 def _whose(volume: Volume) -> str:
     """Tell whose data a volume shows."""
     phantom = any("phantom" in note.lower() for note in volume.notes)
@@ -246,9 +258,8 @@ def overview(volume: Volume, one: SRSlice, *, title: str = "", panel_in: float =
     Figure
         Six panels.
     """
-    axes_mm = np.reshape(volume.direction, (3, 3))[:, 1::-1]  # down and across
     images = (volume.array[one.z], one.sr, np.abs(one.consistency))
-    views = [radiological_view(Plane("", image, None), axes_mm) for image in images]
+    views = [_upright(image, _axes_mm(volume)) for image in images]
     low, high, consistency = (view.image for view in views)
     scale, step = high.shape[1] // low.shape[1], volume.spacing_mm[2]
     side = max(min(round(30 / step), *(n // 2 for n in low.shape)), 1)

@@ -196,10 +196,10 @@ def open_models(folders: Mapping[str, str], cases: Sequence[Case]) -> list[Model
     return models
 
 # %% ../../nbs/7_evaluation/02_protocols.ipynb #94709f34
-def columns_of(case: Case, models: Sequence[Model]) -> dict[str, np.ndarray]:
+def columns_of(case: Case, models: Sequence[Model]) -> dict[str, Volume | np.ndarray]:
     """Collect input, bicubic, each model and the truth, [z, y, x] in HU (Figs. 2 and 3)."""
     bicubic = np.stack([enlarge_bicubic(hu, case.scale) for hu in case.volume.array])
-    columns = {"clinical CT": case.volume.array, "bicubic": bicubic}
+    columns: dict[str, Volume | np.ndarray] = {"clinical CT": case.volume, "bicubic": bicubic}
     columns |= {model.label: model.volumes[case.name] for model in models}
     return columns | ({} if case.truth is None else {"truth": case.truth.array})
 

@@ -883,6 +883,7 @@ def test_run_refusals(
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @needs_real_data
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_real_scan(place: Place, out: Path) -> None:

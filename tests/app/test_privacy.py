@@ -119,7 +119,14 @@ def mmsr(*arguments: object, code: int = 0) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ending", [".mha", ".nrrd", ".nii", ".nii.gz", ".ome.zarr", ".dicom"])
+@pytest.mark.parametrize(
+    "ending",
+    [
+        ".ome.zarr",
+        ".dicom",
+        *(pytest.param(e, marks=pytest.mark.nightly) for e in (".mha", ".nrrd", ".nii", ".nii.gz")),
+    ],
+)
 def test_volumes_maps_pictures_and_logs(
     patient: Path, weights: Path, tmp_path: Path, ending: str
 ) -> None:

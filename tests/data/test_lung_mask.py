@@ -109,7 +109,7 @@ print(peak_bytes())
     assert int(done.stdout) < BYTES
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_quick_mask_is_that_of_the_plain_ports():
     """The benchmark page holds the same algorithm in SciPy and in SimpleITK; they must agree."""
     page = Path(__file__).parents[2] / "nbs" / "benchmarks" / "preprocessing.ipynb"

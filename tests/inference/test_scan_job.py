@@ -190,7 +190,15 @@ def test_every_format_holds_the_same_voxels(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ending", [".mha", ".nii.gz", ".ome.zarr", ".dicom"])
+@pytest.mark.parametrize(
+    "ending",
+    [
+        ".nii.gz",
+        ".ome.zarr",
+        pytest.param(".mha", marks=pytest.mark.nightly),
+        pytest.param(".dicom", marks=pytest.mark.nightly),
+    ],
+)
 def test_killed_at_any_moment_it_goes_on(
     scan: Path, weights: Path, tmp_path: Path, jobs: Jobs, ending: str
 ) -> None:

@@ -49,7 +49,7 @@ from mmsr.training.settings import LoopSettings
 from mmsr.training.sr_cyclegan import cyclegan_settings, train_sr_cyclegan
 from mmsr.training.sr_unit import train_sr_unit, unit_settings
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.no_cover]  # measured where one run is enough
 
 KILLS = int(os.environ.get("MMSR_KILLS", "3"))
 LOOP = {
@@ -264,7 +264,9 @@ def test_the_pools_and_moments_are_compared(whole: Path) -> None:
         assert_same(state, other)
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize(
+    "system", ["SR-CycleGAN", pytest.param("SR-UNIT", marks=pytest.mark.nightly)]
+)
 def test_kill_at_random_moments(
     system: str, wholes: dict[str, Path], tmp_path: Path, nursery: Nursery
 ) -> None:
@@ -312,14 +314,14 @@ MOVES += [12, "row", 16, "row", "preview", "row", 20, "row", "preview", 24, "wei
 @pytest.mark.parametrize(
     ("when", "at"),
     [
-        ("before", 1),
+        pytest.param("before", 1, marks=pytest.mark.nightly),
         pytest.param("after", 3, marks=pytest.mark.nightly),
         pytest.param("before", 4, marks=pytest.mark.nightly),
         ("after", 5),
         pytest.param("after", 8, marks=pytest.mark.nightly),
         ("before", 12),
         pytest.param("after", 21, marks=pytest.mark.nightly),
-        ("before", 22),
+        pytest.param("before", 22, marks=pytest.mark.nightly),
     ],
 )
 def test_kill_while_a_file_is_moved_into_place(

@@ -23,7 +23,7 @@ from mmsr.training.health import HealthError
 from mmsr.training.run_folder import list_checkpoints, load_checkpoint, locked, read_history
 from mmsr.training.settings import HealthSettings, LoopSettings
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.no_cover]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,9 @@ def last_row(folder: Path) -> dict[str, float]:
     return {name: values[-1] for name, values in read_history(folder / "run/history.csv").items()}
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize(
+    "system", ["SR-CycleGAN", pytest.param("SR-UNIT", marks=pytest.mark.nightly)]
+)
 def test_bf16_and_the_layout_change_little(done: Path, tmp_path: Path, system: str) -> None:
     settings = SYSTEMS[system]
     reference = last_row(done / system)
@@ -227,7 +229,7 @@ except MMSRError as e:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_an_orderly_end(done: Path, tmp_path: Path, number: signal.Signals) -> None:
     """Slurm, Ctrl-C, a closed terminal: the step is finished and saved, one line is said."""
     folder = start_anew(done, tmp_path)
