@@ -228,13 +228,9 @@ def environment() -> dict[str, Any]:
             packages[name] = version(name)
     torch = sys.modules.get("torch")
     device = torch.cuda.get_device_name() if torch and torch.cuda.is_available() else "CPU"
-    return {
-        "packages": packages,
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "processors": os.cpu_count(),
-        "device": device,
-    }
+    system = f"{platform.system()} {platform.machine()}"
+    software = {"packages": packages, "python": platform.python_version(), "platform": system}
+    return software | {"processors": os.cpu_count(), "device": device}
 
 
 def available_memory() -> int:

@@ -137,18 +137,15 @@ def read_parameters(
 def notebook_parameters(kind: type[Kind], namespace: Mapping[str, Any]) -> Kind:
     """Build the settings of a notebook from its ``globals()``; call it after the parameter cell."""
     plain = (int, float, str, bool, list, tuple, dict, type(None))
-    given = {
-        name: value
-        for name, value in namespace.items()
-        if not name.startswith("_") and name not in ("In", "Out") and type(value) in plain
-    }
+    own = {n: v for n, v in namespace.items() if n[:1] != "_" and n not in ("In", "Out")}
+    given = {name: value for name, value in own.items() if type(value) in plain}
     known = {*kind.model_fields}
     cells = [(text, {*re.findall(r"^(\w+) *=", text, re.M)}) for text in namespace.get("In", [])]
     last = max((n for n, (_, names) in enumerate(cells) if names & known), default=None)
     if last is not None:  # what else is there may be of an earlier run
         papermills = [names for text, names in cells[last + 1 :] if text.startswith("# Parameters")]
-        own = known.union(cells[last][1], *papermills)
-        given = {name: value for name, value in given.items() if name in own}
+        latest = known.union(cells[last][1], *papermills)
+        given = {name: value for name, value in given.items() if name in latest}
     return read_parameters(kind, given)
 
 # %% ../../nbs/8_app/01_run_notebook.ipynb #d3a668a8

@@ -70,12 +70,8 @@ def _check_steps(options: ReadOptions, heads: list[DicomSlice], fit: SliceSpacin
     return True
 
 # %% ../../nbs/5_scans/05_dicom_series.ipynb #c710c25a
-_PART = {
-    "StackID": "stack",
-    "DimensionIndexValues": "dimensions",
-    "TemporalPositionIdentifier": "time",
-    "AcquisitionNumber": "acquisition",
-}
+_PART = {"StackID": "stack", "DimensionIndexValues": "dimensions"}
+_PART |= {"TemporalPositionIdentifier": "time", "AcquisitionNumber": "acquisition"}
 
 
 class Series(NamedTuple):

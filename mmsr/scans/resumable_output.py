@@ -161,10 +161,8 @@ class ResumableOutput(contextlib.AbstractContextManager["ResumableOutput"]):
 # %% ../../nbs/5_scans/18_resumable_output.ipynb #67b08dc9
 def _open_all(job: ResumableOutput) -> dict[str, Writer]:
     """Open the writers of all outputs."""
-    return {
-        name: open_writer(one.made, one.volume, identity=job.identity, sync=job.sync)
-        for name, one in job.outputs.items()
-    }
+    how: Any = {"identity": job.identity, "sync": job.sync}
+    return {name: open_writer(o.made, o.volume, **how) for name, o in job.outputs.items()}
 
 
 def _commit(job: ResumableOutput, facts: list[dict[str, Any]]) -> None:

@@ -97,9 +97,8 @@ def open_writer(
 
     def put(z: int, plane: np.ndarray) -> None:
         if plane.shape != volume.array.shape[1:] or plane.dtype != volume.array.dtype:
-            wanted = f"{volume.array.shape[1:]} {volume.array.dtype}"
-            text = f"expected slices of {wanted}, got {plane.shape} {plane.dtype}"
-            raise ShapeError(f"{path.name}: {text}")
+            wanted = f"expected slices of {volume.array.shape[1:]} {volume.array.dtype}"
+            raise ShapeError(f"{path.name}: {wanted}, got {plane.shape} {plane.dtype}")
         with disk_errors(path.name):
             inner.put(z, np.ascontiguousarray(plane, dtype))
 

@@ -105,9 +105,8 @@ def make_fabric(device: str = "auto", devices: int = 1, precision: Precision = "
     chosen = choose_device(device)
     started, nodes = _processes()
     if devices != started:
-        found = f"processes started on this node: {started}"
-        way_out = f"start them with torchrun --nproc-per-node={devices}, or srun"
-        raise SettingsError(f"devices: {devices} asked for, but {found}; {way_out}")
+        text = f"{devices} asked for, but processes started on this node: {started}; start them"
+        raise SettingsError(f"devices: {text} with torchrun --nproc-per-node={devices}, or srun")
     many = started * nodes > 1
     if chosen.type == "cuda":
         if started > (there := torch.cuda.device_count()):
@@ -138,9 +137,8 @@ def _processes() -> tuple[int, int]:
     # Only srun sets these; the one process of a batch job that was given several tasks is alone.
     tasks, nodes = (int(os.environ.get(f"SLURM_STEP_NUM_{x}", "1")) for x in ("TASKS", "NODES"))
     if tasks > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
-        unsaid = f"{tasks} tasks on {nodes} nodes, and nothing says how many on each"
-        way_out = f"start them with srun --ntasks-per-node={tasks // nodes}"
-        raise SettingsError(f"devices: {unsaid}; {way_out}")
+        text = f"{tasks} tasks on {nodes} nodes, and nothing says how many on each; start them"
+        raise SettingsError(f"devices: {text} with srun --ntasks-per-node={tasks // nodes}")
     return tasks // nodes, nodes
 
 # %% ../../nbs/4_training/02_distributed.ipynb #10671814

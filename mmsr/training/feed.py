@@ -30,9 +30,8 @@ def check_banks(x_bank: PatchBank, y_bank: PatchBank, scale: int) -> None:
             raise SettingsError(f"{name}: expected patches of modality {modality}, {got}")
     small, large = x_bank.info.size, y_bank.info.size
     if small * scale != large or scale not in (2, 4, 8, 16):
-        pair = f"x_bank has {small} and the scale {scale} (2, 4, 8 or 16)"
-        wanted = f"patches of {small * scale} pixels, as {pair}"
-        raise ShapeError(f"y_bank: expected {wanted}, got {large}")
+        pair = f"x_bank has {small} and the scale {scale} (2, 4, 8 or 16), got {large}"
+        raise ShapeError(f"y_bank: expected patches of {small * scale} pixels, as {pair}")
 
 
 def check_sizes(settings: LoopSettings, networks: dict[str, Any], x_side: int, y_side: int) -> None:
@@ -85,11 +84,9 @@ class Feed:
 
     def describe(self) -> dict[str, Any]:
         """Describe the banks by what is in them, not by where they lie."""
-        return {
-            bank.info.modality: {
-                "size": bank.info.size,
-                "fingerprint": bank.info.fingerprint,
-                "cases": {case.name: case.fingerprint for case in bank.info.cases},
-            }
-            for bank in self.banks
-        }
+        described: dict[str, Any] = {}
+        for info in (bank.info for bank in self.banks):
+            cases = {case.name: case.fingerprint for case in info.cases}
+            whole = {"size": info.size, "fingerprint": info.fingerprint, "cases": cases}
+            described[info.modality] = whole
+        return described

@@ -43,11 +43,10 @@ def health_metrics(x: Tensor, x_sr: Tensor, hu_per_unit: float) -> HealthMetrics
     a, b = (image - image.mean((2, 3), keepdim=True) for image in (x.float(), mean))
     covariance = (a * b).mean((1, 2, 3))
     deviations = ((a * a).mean((1, 2, 3)) * (b * b).mean((1, 2, 3))).sqrt()
-    return HealthMetrics(
-        (covariance / deviations.clamp_min(1e-9)).mean(),
-        (mean.mean((1, 2, 3)) - x.float().mean((1, 2, 3))).abs().mean() * hu_per_unit,
-        x_sr.float().std((1, 2, 3)).mean() * hu_per_unit,
-    )
+    correlation = (covariance / deviations.clamp_min(1e-9)).mean()
+    drift = (mean.mean((1, 2, 3)) - x.float().mean((1, 2, 3))).abs().mean()
+    spread = x_sr.float().std((1, 2, 3)).mean()
+    return HealthMetrics(correlation, drift * hu_per_unit, spread * hu_per_unit)
 
 # %% ../../nbs/4_training/05_health.ipynb #75de7676
 class DivergenceError(MMSRError):

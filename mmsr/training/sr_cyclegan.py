@@ -79,12 +79,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 4, "steps": 500_000, "augment": False, "ema": 0.0,
     },
 }  # fmt: skip
-_SAME_SIZE = {
-    "g1": ResnetSettings(octaves=0).model_dump(),
-    "g2": ResnetSettings(octaves=0).model_dump(),
-    "d_x": {"layers": 3, "channels": 64},
-    "d_y": {"channels": 64},
-}
+_SAME_SIZE = dict.fromkeys(("g1", "g2"), ResnetSettings(octaves=0).model_dump())
+_SAME_SIZE |= {"d_x": {"layers": 3, "channels": 64}, "d_y": {"channels": 64}}
 
 
 def cyclegan_settings(
