@@ -99,8 +99,7 @@ def disk_errors(name: str | Path) -> Iterator[None]:
         if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             full = "the disk is full; free some space and run again"
             raise ResourceError(f"{name}: not written, {full}") from e
-        reason = os.strerror(number) if number else first
-        raise FileError(f"{name}: not written ({reason})") from e
+        raise FileError(f"{name}: not written ({os.strerror(number) if number else first})") from e
 
 
 @contextmanager
@@ -116,8 +115,7 @@ def atomic_write(
     path = Path(path)
     if not path.parent.is_dir():
         raise FileError(f"{path}: its folder does not exist; create {path.parent} first")
-    name = f".{path.name}.{uuid.uuid4().hex}{''.join(path.suffixes)}"
-    temporary = (folder or path.parent) / name
+    temporary = (folder or path.parent) / f".{path.name}.{uuid.uuid4().hex}{''.join(path.suffixes)}"
     with disk_errors(path):
         temporary.touch()
         try:
@@ -339,10 +337,8 @@ def add_scale_bar(ax: Any, spacing_mm: float, width_px: int) -> float:
     return float(length)
 
 
-_EDGES = (
-    *((0.02, 0.5, "left", "center"), (0.98, 0.5, "right", "center")),
-    *((0.5, 0.98, "center", "top"), (0.5, 0.02, "center", "bottom")),
-)
+_EDGES = [(0.02, 0.5, "left", "center"), (0.98, 0.5, "right", "center")]
+_EDGES += [(0.5, 0.98, "center", "top"), (0.5, 0.02, "center", "bottom")]
 
 
 def label_sides(ax: Any, letters: Sequence[str]) -> None:

@@ -296,8 +296,7 @@ def _shares(n: int, ratio: float) -> Any:
     share = np.minimum(start + ratio, place + 1) - np.maximum(start, place)
     share = np.where((place >= 0) & (place < n), share.clip(0), 0)
     share /= share.sum(1, keepdims=True)
-    rows = np.repeat(np.arange(count), place.shape[1])
-    places = rows, place.clip(0, n - 1).ravel()
+    places = np.repeat(np.arange(count), place.shape[1]), place.clip(0, n - 1).ravel()
     return sparse.csr_array((share.ravel(), places), shape=(count, n))
 
 
@@ -345,8 +344,7 @@ def block_mean(hr: np.ndarray, scale: int = 8) -> np.ndarray:
     if height % scale or width % scale:
         raise ShapeError(f"hr: expected sides that are multiples of {scale}, got {np.shape(hr)}")
     blocks = np.reshape(hr, (*front, height // scale, scale, width // scale, scale))
-    exact = np.float64 if blocks.dtype == np.float64 else np.float32
-    return blocks.mean((-3, -1), dtype=exact)
+    return blocks.mean((-3, -1), dtype=np.float64 if blocks.dtype == np.float64 else np.float32)
 
 
 def enlarge_nearest(lr: np.ndarray, scale: int = 8) -> np.ndarray:

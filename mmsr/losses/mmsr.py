@@ -275,5 +275,4 @@ def identity_loss(image: Tensor, answer: Tensor) -> Tensor:
     `answer` [b c sh sw] is averaged to the size of `image` [b c h w] first; the mean absolute
     difference is taken in 32 bits.
     """
-    answered = shrink(_full(answer), _ratio("answer", answer, image))
-    return (answered - _full(image)).abs().mean()
+    return (shrink(_full(answer), _ratio("answer", answer, image)) - _full(image)).abs().mean()

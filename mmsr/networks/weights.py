@@ -41,8 +41,7 @@ def _settings_of(networks: Mapping[str, Any], value: Any) -> Settings:
     if kind in _RENAMED:
         raise SettingsError(f"kind: {kind!r} is called {_RENAMED[kind]!r} now")
     if kind not in networks:
-        known = " or ".join(map(repr, networks))
-        raise SettingsError(f"kind: expected {known}, got {kind!r}")
+        raise SettingsError(f"kind: expected {' or '.join(map(repr, networks))}, got {kind!r}")
     settings_class = networks[kind].settings_class
     try:
         return settings_class.read(value)

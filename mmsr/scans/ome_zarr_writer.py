@@ -142,10 +142,14 @@ def _pieces(to: Target, z: int) -> dict[Path, int]:
     return {to.path / str(k) / "c" / str(z) / "0" / "0": 1 for k in levels}
 
 
-OME_ZARR = Format(
-    ".ome.zarr",
-    _open,
-    _pieces,
-    start=lambda path: read_start(path / "zarr.json"),
-    stored=lambda *shape: sum(np.prod(_filled(level)[1]) for level in pyramid_shapes(shape)),
-)
+def _start(path: Path) -> bytes:
+    """Read the beginning of the metadata."""
+    return read_start(path / "zarr.json")
+
+
+def _stored(height: int, width: int) -> int:
+    """Count the voxels of a slice and of its pyramid, filled up to whole pieces."""
+    return sum(int(np.prod(_filled(level)[1])) for level in pyramid_shapes((height, width)))
+
+
+OME_ZARR = Format(".ome.zarr", _open, _pieces, start=_start, stored=_stored)

@@ -232,9 +232,8 @@ def _conflict(plan: OutputPlan) -> str:
                 return f"{key.removeprefix('job.')}: {there} there, {here} here"
         if "facts" in kept:  # finished but for its last steps
             return ""
-    begun = any(first.glob("done-*"))
     for folder, other in zip(folders, others, strict=True):
-        if other is None and begun:
+        if other is None and any(first.glob("done-*")):
             return f"{folder.name} is gone"
         if other is not None and (kept is None or other["uid"] != kept["uid"]):
             return f"{folder.name} belongs to another"

@@ -175,8 +175,7 @@ def torch_seeded(
     seed: int, *path: int | str, device: torch.device | str = "cpu"
 ) -> torch.Generator:
     """Begin torch's stream of random numbers of a path, as `seeded` does; a GPU gives others."""
-    start = int(seeded(seed, *path).integers(2**62))
-    return torch.Generator(device).manual_seed(start)
+    return torch.Generator(device).manual_seed(int(seeded(seed, *path).integers(2**62)))
 
 
 def sharded_normal(fabric: Fabric, random: torch.Generator, shape: tuple[int, ...]) -> Tensor:

@@ -6,7 +6,6 @@
 __all__ = ['check_banks', 'check_sizes', 'Feed']
 
 # %% ../../nbs/4_training/06_feed.ipynb #4925943f
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,8 +76,7 @@ class Feed:
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Read this process's part of a batch: x [b 1 h w] or, enlarged, [b 1 8h 8w]; y [b 1 8h 8w]."""
-        last = self.settings.channels_last
-        layout = torch.channels_last if last else torch.contiguous_format
+        layout = torch.channels_last if self.settings.channels_last else torch.contiguous_format
         x, y = (z.contiguous(memory_format=layout) for z in self.loader.batch(step))
         return (enlarge_and_pad(x, self.scale, 1) if self.settings.enlarged_input else x), y
 

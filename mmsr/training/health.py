@@ -8,7 +8,6 @@ __all__ = ['HealthMetrics', 'health_metrics', 'DivergenceError', 'HealthError', 
 
 # %% ../../nbs/4_training/05_health.ipynb #516855b0
 import io
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -63,7 +62,7 @@ _WAY_OUT = "the last checkpoint is kept; start a new run with a lower learning_r
 def check_finite(losses: Mapping[str, float], step: int) -> None:
     """Stop a run whose losses, or sums of them, are not numbers any more."""
     for name, value in losses.items():
-        if not math.isfinite(value):
+        if not np.isfinite(value):
             raise DivergenceError(f"step {step}: '{name}' is {value}; {_WAY_OUT}")
 
 
