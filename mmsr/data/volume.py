@@ -11,7 +11,6 @@ from operator import index
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from ..core import RangeError, SettingsError, ShapeError
 
@@ -37,7 +36,7 @@ class Grid(NamedTuple):
     # direction matrix, nine numbers by rows, as in ITK
     direction: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
 
-    def world_mm(self, zyx: ArrayLike) -> np.ndarray:
+    def world_mm(self, zyx: np.typing.ArrayLike) -> np.ndarray:
         """Return where voxel indices lie; see `Volume.world_mm`."""
         steps = np.asarray(zyx, float)[..., ::-1] * self.spacing_mm[::-1]
         return self.origin_mm + steps @ np.reshape(self.direction, (3, 3)).T
@@ -107,7 +106,7 @@ class Volume(NamedTuple):
     notes: tuple[str, ...] = ()
     source: DicomSource | None = None
 
-    def world_mm(self, zyx: ArrayLike) -> np.ndarray:
+    def world_mm(self, zyx: np.typing.ArrayLike) -> np.ndarray:
         """Return where voxel indices lie.
 
         Parameters

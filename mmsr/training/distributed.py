@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 import pydantic
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from ..core import MMSRError, ResourceError, SettingsError, seeded
 
@@ -171,14 +171,12 @@ def average_gradients(fabric: Fabric, parameters: Iterable[nn.Parameter]) -> Non
         gradient.copy_(part.view_as(gradient))
 
 # %% ../../nbs/4_training/02_distributed.ipynb #76058bdb
-def torch_seeded(
-    seed: int, *path: int | str, device: torch.device | str = "cpu"
-) -> torch.Generator:
+def torch_seeded(seed: int, *path: int | str, device: torch.device | str = "cpu") -> Generator:
     """Begin torch's stream of random numbers of a path, as `seeded` does; a GPU gives others."""
-    return torch.Generator(device).manual_seed(int(seeded(seed, *path).integers(2**62)))
+    return Generator(device).manual_seed(int(seeded(seed, *path).integers(2**62)))
 
 
-def sharded_normal(fabric: Fabric, random: torch.Generator, shape: tuple[int, ...]) -> Tensor:
+def sharded_normal(fabric: Fabric, random: Generator, shape: tuple[int, ...]) -> Tensor:
     """Draw normal numbers for the whole batch; return this process's part, of `shape` (b, ...)."""
     whole = (fabric.world_size * shape[0], *shape[1:])
     drawn = torch.randn(whole, generator=random, device=fabric.device, dtype=torch.float32)

@@ -82,9 +82,8 @@ class Feed:
 
     def describe(self) -> dict[str, Any]:
         """Describe the banks by what is in them, not by where they lie."""
-        described: dict[str, Any] = {}
+        made: dict[str, Any] = {}
         for info in (bank.info for bank in self.banks):
-            cases = {case.name: case.fingerprint for case in info.cases}
-            whole = {"size": info.size, "fingerprint": info.fingerprint, "cases": cases}
-            described[info.modality] = whole
-        return described
+            made[info.modality] = {"size": info.size, "fingerprint": info.fingerprint}
+            made[info.modality]["cases"] = {case.name: case.fingerprint for case in info.cases}
+        return made

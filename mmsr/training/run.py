@@ -18,7 +18,6 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from .. import __version__
 from ..core import FileError, ResourceError, SettingsError, progress_bar, write_file
 from ..networks.generators import G1
 from ..networks.weights import ModelCard, load_generator, save_generator
@@ -309,5 +308,4 @@ def model_card(run: TrainingRun, g1: G1) -> ModelCard:
         method=run.config["method"],
         data=f"{data}: {cases}" if data else cases,
         training=training,
-        version=__version__,
     )

@@ -8,13 +8,13 @@ __all__ = ['SRCycleGANSettings', 'cyclegan_settings', 'Networks', 'networks_of',
 
 # %% ../../nbs/4_training/08_sr_cyclegan.ipynb #542d48fa
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import pydantic
 import torch
 from torch import Tensor, nn
 
+from ..core import AnyPath
 from ..data.patches import Banks, PatchBank
 from ..losses.gan import lsgan_generator_loss, reconstruction_loss
 from ..losses.mmsr import MMSRTerms, enlarge, identity_loss, mmsr_loss, mmsr_terms_on_small_grid
@@ -183,11 +183,7 @@ def generator_losses(
 
 # %% ../../nbs/4_training/08_sr_cyclegan.ipynb #d09fd45a
 def sr_cyclegan_loop(
-    settings: SRCycleGANSettings,
-    banks: Banks,
-    folder: str | Path,
-    fabric: Fabric,
-    options: RunOptions,
+    settings: SRCycleGANSettings, banks: Banks, folder: AnyPath, fabric: Fabric, options: RunOptions
 ) -> Loop:
     """Make the steps of SR-CycleGAN or, without the MMSR terms, of CycleGAN (Sec. 2.3, Eq. 4)."""
     nets = g1, g2, d_x, d_y = networks_of(settings)
@@ -238,7 +234,7 @@ def train_sr_cyclegan(
     settings: SRCycleGANSettings,
     x_bank: PatchBank,
     y_bank: PatchBank,
-    folder: str | Path,
+    folder: AnyPath,
     *,
     fabric: Fabric | None = None,
     options: RunOptions | None = None,

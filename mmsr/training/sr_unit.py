@@ -9,13 +9,13 @@ __all__ = ['SRUNITSettings', 'unit_settings', 'SRUNITNetworks', 'networks_of', '
 # %% ../../nbs/4_training/09_sr_unit.ipynb #8b2aec20
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import pydantic
 import torch
 from torch import Tensor
 
+from ..core import AnyPath
 from ..data.patches import Banks, PatchBank
 from ..losses.gan import latent_loss, lsgan_generator_loss, reconstruction_loss
 from ..losses.mmsr import MMSRTerms, mmsr_loss, mmsr_terms_on_small_grid
@@ -192,7 +192,7 @@ def generator_losses(
 
 # %% ../../nbs/4_training/09_sr_unit.ipynb #c0351cb9
 def sr_unit_loop(
-    settings: SRUNITSettings, banks: Banks, folder: str | Path, fabric: Fabric, options: RunOptions
+    settings: SRUNITSettings, banks: Banks, folder: AnyPath, fabric: Fabric, options: RunOptions
 ) -> Loop:
     """Make the steps of SR-UNIT or, without the MMSR terms, of UNIT (Sec. 2.3, Eq. 4, R13)."""
     nets = networks_of(settings)
@@ -240,7 +240,7 @@ def train_sr_unit(
     settings: SRUNITSettings,
     x_bank: PatchBank,
     y_bank: PatchBank,
-    folder: str | Path,
+    folder: AnyPath,
     *,
     fabric: Fabric | None = None,
     options: RunOptions | None = None,
