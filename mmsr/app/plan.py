@@ -98,11 +98,9 @@ def check_plan(plan: Mapping[str, Any], out: str | Path = ".") -> None:
 def snakemake_command(plan: Path, out: Path, cores: int) -> list[str]:
     """Build the Snakemake call for a plan."""
     workflow = run_notebook.experiments_folder().parents[1] / "workflow"
-    return [
-        *(sys.executable, "-m", "snakemake", "--snakefile", str(workflow / "Snakefile")),
-        *("--configfile", str(plan.resolve()), "--directory", str(out), "--cores", str(cores)),
-        *("--rerun-incomplete", "--nolock"),
-    ]
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(workflow / "Snakefile")]
+    command += ["--configfile", str(plan.resolve()), "--directory", str(out)]
+    return [*command, "--cores", str(cores), "--rerun-incomplete", "--nolock"]
 
 
 def plan_failure(said: str) -> str:

@@ -240,14 +240,12 @@ class PreparedData(NamedTuple):
             rejected = f"rejected {cut.rejected_flat} flat, {cut.rejected_air} air"
             found.append(f"{cut.name}: {cut.taken} patches, {rejected}")
         sr, micro = self.record.pixels_mm["sr"], self.record.pixels_mm["micro"]
-        return [
-            *found,
-            f"SR pixels of {1000 * sr:.3g} µm, µCT pixels of {1000 * micro:.3g} µm, so a µCT patch "
-            f"shows {micro / sr:.0%} of the width of a clinical one (R7)",
-            f"training on {', '.join(self.record.train)}",
-            f"evaluating on {', '.join(self.record.test)}"
-            + ("" if self.record.settings["held_out"] else " (seen in training)"),
-        ]
+        shown = f"a µCT patch shows {micro / sr:.0%} of the width of a clinical one (R7)"
+        pixels = f"SR pixels of {1000 * sr:.3g} µm, µCT pixels of {1000 * micro:.3g} µm"
+        found.append(f"{pixels}, so {shown}")
+        found.append(f"training on {', '.join(self.record.train)}")
+        seen = "" if self.record.settings["held_out"] else " (seen in training)"
+        return [*found, f"evaluating on {', '.join(self.record.test)}{seen}"]
 
 # %% ../../nbs/8_app/02_prepare.ipynb #eac12c73
 def prepare(settings: PrepareSettings | Mapping[str, Any]) -> PreparedData:

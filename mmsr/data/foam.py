@@ -7,7 +7,6 @@ __all__ = ['PIXEL_MM', 'SCALE', 'smooth_noise', 'septum_distance', 'coverage', '
 
 # %% ../../nbs/1_data/02_foam.ipynb #44cfdef3
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
 from ..core import seeded
 
@@ -70,8 +69,8 @@ def septum_distance(
     layer, height = divmod(z_mm / cell_mm, 1.0)
     layers = [seeded(seed, "foam", name, int(layer) + d) for d in (-1, 0, 1)]
     drawn = np.stack([g.random((n + 2, n + 2, 5)) for g in layers]).astype(np.float32)
-    drawn = sliding_window_view(drawn, (3, 3), (1, 2)).transpose(1, 2, 0, 4, 5, 3)
-    drawn = drawn.reshape(n, n, 27, 5)
+    drawn = np.lib.stride_tricks.sliding_window_view(drawn, (3, 3), (1, 2))
+    drawn = drawn.transpose(1, 2, 0, 4, 5, 3).reshape(n, n, 27, 5)
     seeds = drawn[..., :3] * 0.9 - 0.45 + (np.indices((3, 3, 3)).reshape(3, 27).T - 1)
     seeds[..., 0] += 0.5 - height
     seeds = seeds.astype(np.float32)

@@ -188,14 +188,11 @@ def _record(case: PatchCase, window: Window) -> dict[str, Any]:
             y, x = np.argwhere(~np.isfinite(plane))[0]
             at = f"z {z}, y {y}, x {x}"
             raise RangeError(f"case {case.name}: {plane[y, x]} at {at}; replace such values by air")
-    return {
-        "name": case.name,
-        "fingerprint": core.fingerprint(case.volume.array),
-        "mask_fingerprint": core.fingerprint(case.mask),
-        "spacing_mm": triple(case.volume.spacing_mm),
-        "kernel": getattr(getattr(case.volume, "source", None), "kernel", ""),
-        "window": (case.window or window).to_dict(),
-    }
+    record: dict[str, Any] = {"name": case.name, "fingerprint": core.fingerprint(array)}
+    record["mask_fingerprint"] = core.fingerprint(case.mask)
+    record["spacing_mm"] = triple(case.volume.spacing_mm)
+    kernel = getattr(getattr(case.volume, "source", None), "kernel", "")
+    return record | {"kernel": kernel, "window": (case.window or window).to_dict()}
 
 
 def _difference(old: BankInfo, settings: BankSettings, records: list[dict[str, Any]]) -> str:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy import ndarray
-from numpy.random import Generator
 from scipy import ndimage
 
 from ..core import RangeError, ShapeError, seeded
@@ -80,7 +79,7 @@ def lung_scene(
 
 # %% ../../nbs/1_data/04_phantom.ipynb #89dee3d0
 def _plant_trees(
-    rng: Generator, middle: ndarray, out: ndarray, side: ndarray, inside: Inside
+    rng: np.random.Generator, middle: ndarray, out: ndarray, side: ndarray, inside: Inside
 ) -> tuple[ndarray, ndarray]:
     """Grow all trees of a scene; return their capsules, and where the two planned ones lie."""
     depth_mm, width, _ = 2 * middle
@@ -116,7 +115,7 @@ def _plant_trees(
 
 
 def _seed_tumour(
-    rng: Generator, middle: ndarray, out: ndarray, side: ndarray
+    rng: np.random.Generator, middle: ndarray, out: ndarray, side: ndarray
 ) -> tuple[ndarray, ndarray]:
     """Place the tumour (z, y, x, radius) and its spicules (capsules)."""
     width = 2 * middle[1]

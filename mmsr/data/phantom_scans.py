@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy import ndarray
-from numpy.random import Generator
 from scipy import ndimage
 
 from ..core import RangeError, ShapeError, seeded
@@ -25,7 +24,7 @@ SLICE_MM = 0.6
 
 
 def clinical_slice(
-    hu: ndarray, rng: Generator, *, psf_mm: float = 0.8, noise_hu: float = 24.0
+    hu: ndarray, rng: np.random.Generator, *, psf_mm: float = 0.8, noise_hu: float = 24.0
 ) -> ndarray:
     """Look at thin slices, shape (8h, 8w) or (n, 8h, 8w), through a clinical scanner: (h, w).
 
@@ -62,7 +61,7 @@ def micro_curve(hu: ndarray, scanner: MicroScanner) -> ndarray:
     return np.float32(scanner.air) + step * share ** np.float32(scanner.bow)
 
 
-def micro_slice(hu: ndarray, rng: Generator, scanner: MicroScanner) -> ndarray:
+def micro_slice(hu: ndarray, rng: np.random.Generator, scanner: MicroScanner) -> ndarray:
     """Look at a thin slice, shape (h, w), through a µCT scanner (float32)."""
     (h, w), step = hu.shape, np.float32(scanner.tissue - scanner.air)
     grey = ndimage.gaussian_filter(micro_curve(hu, scanner), 0.5, truncate=3)

@@ -143,8 +143,7 @@ def tube_distances(tubes: ndarray, z_mm: float, size: int) -> tuple[ndarray, nda
     first = np.floor(low[:, 1:] / PIXEL_MM).astype(int).clip(0, size)
     stop = np.ceil(high[:, 1:] / PIXEL_MM).astype(int).clip(0, size)
     rows, columns = axes_mm(size)
-    met = (low[:, 0] < z_mm) & (high[:, 0] > z_mm) & (stop > first).all(1)
-    for i in np.flatnonzero(met):
+    for i in np.flatnonzero((low[:, 0] < z_mm) & (high[:, 0] > z_mm) & (stop > first).all(1)):
         window = np.s_[first[i, 0] : stop[i, 0], first[i, 1] : stop[i, 1]]
         y, x = rows[window[0]] - a[i, 1], columns[:, window[1]] - a[i, 2]
         z, v = np.float32(z_mm) - a[i, 0], b[i] - a[i]

@@ -11,7 +11,6 @@ from operator import index
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from ..core import RangeError, SettingsError, ShapeError
 
@@ -37,7 +36,7 @@ class Grid(NamedTuple):
     # direction matrix, nine numbers by rows, as in ITK
     direction: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
 
-    def world_mm(self, zyx: ArrayLike) -> np.ndarray:
+    def world_mm(self, zyx: np.typing.ArrayLike) -> np.ndarray:
         """Return where voxel indices lie; see `Volume.world_mm`."""
         steps = np.asarray(zyx, float)[..., ::-1] * self.spacing_mm[::-1]
         return self.origin_mm + steps @ np.reshape(self.direction, (3, 3)).T
@@ -107,7 +106,7 @@ class Volume(NamedTuple):
     notes: tuple[str, ...] = ()
     source: DicomSource | None = None
 
-    def world_mm(self, zyx: ArrayLike) -> np.ndarray:
+    def world_mm(self, zyx: np.typing.ArrayLike) -> np.ndarray:
         """Return where voxel indices lie.
 
         Parameters
@@ -223,13 +222,10 @@ def _in_words(volume: Volume) -> str:
     known = "read slice by slice"
     if type(volume.array) is np.ndarray and volume.array.size:
         known = f"{volume.array.min():.6g} to {volume.array.max():.6g} {volume.unit}"
-    lines = [
-        f"Volume: {volume.modality} CT in {volume.unit}",
-        f"size     {size} (z, y, x), {volume.array.dtype}",
-        f"voxel    {spacing} mm",
-        f"values   {known}",
-    ]
-    return "\n".join(lines + [f"notes    {len(volume.notes)}"] * bool(volume.notes))
+    lines = [f"Volume: {volume.modality} CT in {volume.unit}"]
+    lines += [f"size     {size} (z, y, x), {volume.array.dtype}", f"voxel    {spacing} mm"]
+    lines += [f"values   {known}"] + [f"notes    {len(volume.notes)}"] * bool(volume.notes)
+    return "\n".join(lines)
 
 
 def upright(down: np.ndarray, right: np.ndarray) -> tuple[int, int]:
@@ -299,8 +295,7 @@ def _shares(n: int, ratio: float) -> Any:
     share = np.minimum(start + ratio, place + 1) - np.maximum(start, place)
     share = np.where((place >= 0) & (place < n), share.clip(0), 0)
     share /= share.sum(1, keepdims=True)
-    rows = np.repeat(np.arange(count), place.shape[1])
-    places = rows, place.clip(0, n - 1).ravel()
+    places = np.repeat(np.arange(count), place.shape[1]), place.clip(0, n - 1).ravel()
     return sparse.csr_array((share.ravel(), places), shape=(count, n))
 
 
@@ -328,9 +323,8 @@ def resample_in_plane(volume: Volume, pixel_mm: float) -> Volume:
     steps, sides = volume.spacing_mm[1:], volume.array.shape[1:]
     field = min(step * side for step, side in zip(steps, sides, strict=True))
     if not 0.97 * max(steps) <= pixel_mm <= field:
-        wanted = f"{max(steps):.4g} mm (the pixel now) to {field:.4g} mm (the field)"
-        text = f"expected {wanted}, got {pixel_mm:.4g}; averaging cannot make pixels smaller"
-        raise RangeError(f"pixel_mm: {text}")
+        text = f"expected {max(steps):.4g} mm (the pixel now) to {field:.4g} mm (the field), got"
+        raise RangeError(f"pixel_mm: {text} {pixel_mm:.4g}; averaging cannot make pixels smaller")
     rows, columns = (_shares(n, pixel_mm / s) for n, s in zip(sides, steps, strict=True))
     array = np.stack([rows @ (columns @ plane.astype(float).T).T for plane in volume.array])
     # the index of the first new centre, counted in old pixels
@@ -338,12 +332,9 @@ def resample_in_plane(volume: Volume, pixel_mm: float) -> Volume:
     first = (np.array(sides) - 1) / 2 - (counts - 1) / 2 * pixel_mm / np.array(steps)
     before = " x ".join(f"{s:.4g}" for s in dict.fromkeys(steps))
     note = f"averaged in plane: pixels of {before} mm became {pixel_mm:.4g} mm (R7)"
-    return volume._replace(
-        array=array.astype(np.float32),
-        spacing_mm=(volume.spacing_mm[0], pixel_mm, pixel_mm),
-        origin_mm=triple(volume.world_mm((0, *first))),
-        notes=(*volume.notes, note),
-    )
+    spacing, origin = (volume.spacing_mm[0], pixel_mm, pixel_mm), volume.world_mm((0, *first))
+    placed = volume._replace(spacing_mm=spacing, origin_mm=triple(origin))
+    return placed._replace(array=array.astype(np.float32), notes=(*volume.notes, note))
 
 # %% ../../nbs/1_data/01_volume.ipynb #34cddd09
 def block_mean(hr: np.ndarray, scale: int = 8) -> np.ndarray:
@@ -352,8 +343,7 @@ def block_mean(hr: np.ndarray, scale: int = 8) -> np.ndarray:
     if height % scale or width % scale:
         raise ShapeError(f"hr: expected sides that are multiples of {scale}, got {np.shape(hr)}")
     blocks = np.reshape(hr, (*front, height // scale, scale, width // scale, scale))
-    exact = np.float64 if blocks.dtype == np.float64 else np.float32
-    return blocks.mean((-3, -1), dtype=exact)
+    return blocks.mean((-3, -1), dtype=np.float64 if blocks.dtype == np.float64 else np.float32)
 
 
 def enlarge_nearest(lr: np.ndarray, scale: int = 8) -> np.ndarray:

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
 import numpy as np
-from numpy.typing import ArrayLike
 from scipy import ndimage
 
 from ..core import RangeError, SettingsError
@@ -55,7 +54,7 @@ class Window(NamedTuple):
         """Return the value that becomes 1; above it, values are clipped."""
         return self.air + (1 - AIR_LEVEL) / self.gain
 
-    def to_unit(self, values: ArrayLike) -> np.ndarray:
+    def to_unit(self, values: np.typing.ArrayLike) -> np.ndarray:
         """Map the scan's values, of any shape, to [−1, 1], clipped (float32); refuse NaN."""
         gain = self.gain
         unit = np.array(values, np.float32)  # a copy: the rest happens in place

@@ -221,12 +221,8 @@ def mmsr_terms(
     with torch.autocast(x_sr.device.type, enabled=False):
         x, x_sr, y, y_lr = _full(x).detach(), _full(x_sr), _full(y).detach(), _full(y_lr)
         f_x_sr, g_y_lr = shrink(x_sr, down_by, settings.psf_sigma), enlarge(y_lr, up_by)
-        return MMSRTerms(
-            structure_x=1 - similarity(x, f_x_sr),
-            structure_y=1 - similarity(y, g_y_lr),
-            down=distance(x, f_x_sr),
-            up=distance(y, g_y_lr),
-        )
+        structure_x, structure_y = 1 - similarity(x, f_x_sr), 1 - similarity(y, g_y_lr)
+        return MMSRTerms(structure_x, structure_y, distance(x, f_x_sr), distance(y, g_y_lr))
 
 
 def mmsr_loss(terms: MMSRTerms, settings: MMSRSettings) -> Tensor:
@@ -279,5 +275,4 @@ def identity_loss(image: Tensor, answer: Tensor) -> Tensor:
     `answer` [b c sh sw] is averaged to the size of `image` [b c h w] first; the mean absolute
     difference is taken in 32 bits.
     """
-    answered = shrink(_full(answer), _ratio("answer", answer, image))
-    return (answered - _full(image)).abs().mean()
+    return (shrink(_full(answer), _ratio("answer", answer, image)) - _full(image)).abs().mean()

@@ -8,7 +8,6 @@ __all__ = ['DiscriminatorSettings', 'halve', 'PatchDiscriminator']
 # %% ../../nbs/2_networks/03_discriminators.ipynb #75641122
 import pydantic
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import Settings
@@ -39,7 +38,7 @@ class DiscriminatorSettings(Settings):
 
 def halve(image: Tensor) -> Tensor:
     """Average 3×3 pixels of (b, c, h, w) around every second one, at the border those that exist."""
-    return F.avg_pool2d(image, 3, stride=2, padding=1, count_include_pad=False)
+    return nn.functional.avg_pool2d(image, 3, stride=2, padding=1, count_include_pad=False)
 
 
 class PatchDiscriminator(Network):

@@ -239,8 +239,7 @@ def fold_kernel(weight: Tensor) -> Tensor:
     total = 2 * (2 * reach + 1)  # fine pixels that the coarse kernel covers
     before = 2 * reach - k // 2
     sides = [(before + p, total - k - before - p) for p in (0, 1)]
-    phases = [F.pixel_unshuffle(F.pad(weight, (*q, *p)), 2) for p in sides for q in sides]
-    return torch.cat(phases)
+    return torch.cat([F.pixel_unshuffle(F.pad(weight, (*q, *p)), 2) for p in sides for q in sides])
 
 
 class FoldedConvolution(nn.Module):

@@ -24,20 +24,13 @@ import mmsr
 from ..core import RESEARCH_ONLY, FileError, RangeError, Settings, SettingsError, write_file
 from ..data.volume import Volume
 from .generators import G1, DownsamplingGenerator, ResnetGenerator, SRGenerator
-from .layers import Network, to_channels_last
+from .layers import to_channels_last
 from .unit import UNITGenerator
 
 # %% ../../nbs/2_networks/05_weights.ipynb #433dba78
-GENERATORS: dict[str, type[G1]] = {
-    "pixel_shuffle": SRGenerator,
-    "resnet": ResnetGenerator,
-    "unit": UNITGenerator,
-}
+GENERATORS = {"pixel_shuffle": SRGenerator, "resnet": ResnetGenerator, "unit": UNITGenerator}
 AnyG2Network = DownsamplingGenerator | ResnetGenerator
-G2_NETWORKS: dict[str, type[Network]] = {
-    "strided": DownsamplingGenerator,
-    "resnet": ResnetGenerator,
-}
+G2_NETWORKS = {"strided": DownsamplingGenerator, "resnet": ResnetGenerator}
 _RENAMED = {"pixel shuffle": "pixel_shuffle", "light": "strided"}  # what older files say
 
 
@@ -48,8 +41,7 @@ def _settings_of(networks: Mapping[str, Any], value: Any) -> Settings:
     if kind in _RENAMED:
         raise SettingsError(f"kind: {kind!r} is called {_RENAMED[kind]!r} now")
     if kind not in networks:
-        known = " or ".join(map(repr, networks))
-        raise SettingsError(f"kind: expected {known}, got {kind!r}")
+        raise SettingsError(f"kind: expected {' or '.join(map(repr, networks))}, got {kind!r}")
     settings_class = networks[kind].settings_class
     try:
         return settings_class.read(value)

@@ -6,7 +6,6 @@
 __all__ = ['DICOM', 'Series', 'scan_series', 'likeliest', 'open_dicom', 'header_lines']
 
 # %% ../../nbs/5_scans/05_dicom_series.ipynb #ee7c5193
-import math
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
@@ -70,12 +69,8 @@ def _check_steps(options: ReadOptions, heads: list[DicomSlice], fit: SliceSpacin
     return True
 
 # %% ../../nbs/5_scans/05_dicom_series.ipynb #c710c25a
-_PART = {
-    "StackID": "stack",
-    "DimensionIndexValues": "dimensions",
-    "TemporalPositionIdentifier": "time",
-    "AcquisitionNumber": "acquisition",
-}
+_PART = {"StackID": "stack", "DimensionIndexValues": "dimensions"}
+_PART |= {"TemporalPositionIdentifier": "time", "AcquisitionNumber": "acquisition"}
 
 
 class Series(NamedTuple):
@@ -250,7 +245,7 @@ def header_lines(options: ReadOptions, heads: Sequence[DicomSlice]) -> tuple[tup
     tags = heads[0].tags
     number, thick = tags["SeriesNumber"], tags["SliceThickness"]
     if len(heads) == 1:  # as if there were one more
-        apart = tags["SpacingBetweenSlices"] or thick or math.nan
+        apart = tags["SpacingBetweenSlices"] or thick or np.nan
         places = np.vstack([places, places + apart * axes[:, 2]])
     fit = measure_steps(places, axes[:, 2])
     low, high, usual = fit.steps.min(), fit.steps.max(), fit.usual

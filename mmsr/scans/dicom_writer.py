@@ -134,14 +134,15 @@ def _check(name: str, volume: Volume) -> None:
         raise ShapeError(f"{name}: {text}; use Volume.take")
 
 
-DICOM = Format(
-    ".dicom",
-    _open,
-    lambda to, z: {_file(to, z): to.plane_bytes},
-    whole=_whole,
-    start=lambda path: read_start(min(path.glob("*.dcm"))),
-    check=_check,
-    entries=r"\d{6}\.dcm",
-    limit=65535,
-    types=("int16",),
-)
+def _pieces(to: Target, z: int) -> dict[Path, int]:
+    """Return the file of a slice, and how long it is at least."""
+    return {_file(to, z): to.plane_bytes}
+
+
+def _start(path: Path) -> bytes:
+    """Read the beginning of the first file."""
+    return read_start(min(path.glob("*.dcm")))
+
+
+DICOM = Format(".dicom", _open, _pieces, whole=_whole, start=_start, check=_check)
+DICOM = DICOM._replace(entries=r"\d{6}\.dcm", limit=65535, types=("int16",))

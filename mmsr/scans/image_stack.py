@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from statistics import mode
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -207,7 +207,5 @@ def _open_pictures(options: ReadOptions, files: list[ImageFile]) -> SliceSource:
     return open_images(options, files, lambda path, _: unpack(path.read_bytes()))
 
 
-PICTURES = [
-    Format(name, endings, _read_picture, _open_pictures, many=True, modality="micro")
-    for name, endings in _ENDINGS.items()
-]
+_HOW: Any = {"many": True, "modality": "micro"}
+PICTURES = [Format(n, e, _read_picture, _open_pictures, **_HOW) for n, e in _ENDINGS.items()]

@@ -9,7 +9,6 @@ __all__ = ['TOWARDS', 'OME_ZARR', 'is_zarr', 'read_zarr', 'open_zarr']
 import json
 import math
 import os
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import numpy as np
 from ..core import FileError, GeometryError, ResourceError, ShapeError, available_memory
 from .slices import Format, ReadOptions, SliceSource
 from .tiff_stack import LENGTHS_MM
-from .volume_files import stack_of
+from .volume_files import ReadSlice, stack_of
 from .volume_headers import Header, notice_in
 
 # %% ../../nbs/5_scans/11_ome_zarr.ipynb #3326a81d
@@ -225,7 +224,7 @@ def open_zarr(options: ReadOptions, headers: list[Header]) -> SliceSource:
     """Open level 0 of an OME-Zarr; its slices are read when asked for."""
     (header,) = headers
 
-    def opened() -> Callable[[int], np.ndarray]:
+    def opened() -> ReadSlice:
         level = _level(header.data)
         piece = level.chunk_layout.read_chunk.shape[-3:]
         layer = -(-np.array([1, *level.shape[-2:]]) // piece) * piece  # whole pieces

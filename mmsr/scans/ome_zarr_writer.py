@@ -103,14 +103,10 @@ def _open_level(to: Target, level: int, shape: tuple[int, int]) -> Any:
     check = {"name": "crc32c"}  # a bit that falls over on the disk is found by every reader
     packed = [little, {"name": "blosc", "configuration": blosc}, check]
     sharding = {"chunk_shape": [1, *chunk], "codecs": packed, "index_codecs": [little, check]}
-    metadata = {
-        "shape": [len(to.volume.array), *shape],
-        "data_type": to.dtype.name,
-        "fill_value": 0,
-        "dimension_names": ["z", "y", "x"],
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [1, *shard]}},
-        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-    }
+    metadata: dict[str, Any] = {"shape": [len(to.volume.array), *shape], "fill_value": 0}
+    metadata |= {"data_type": to.dtype.name, "dimension_names": ["z", "y", "x"]}
+    metadata["chunk_grid"] = {"name": "regular", "configuration": {"chunk_shape": [1, *shard]}}
+    metadata["codecs"] = [{"name": "sharding_indexed", "configuration": sharding}]
     store = {"driver": "file", "path": str(to.path / str(level))}
     # a slice of zeros is a slice: its file must exist
     spec = {"driver": "zarr3", "kvstore": store, "store_data_equal_to_fill_value": True}
@@ -146,10 +142,14 @@ def _pieces(to: Target, z: int) -> dict[Path, int]:
     return {to.path / str(k) / "c" / str(z) / "0" / "0": 1 for k in levels}
 
 
-OME_ZARR = Format(
-    ".ome.zarr",
-    _open,
-    _pieces,
-    start=lambda path: read_start(path / "zarr.json"),
-    stored=lambda *shape: sum(np.prod(_filled(level)[1]) for level in pyramid_shapes(shape)),
-)
+def _start(path: Path) -> bytes:
+    """Read the beginning of the metadata."""
+    return read_start(path / "zarr.json")
+
+
+def _stored(height: int, width: int) -> int:
+    """Count the voxels of a slice and of its pyramid, filled up to whole pieces."""
+    return sum(int(np.prod(_filled(level)[1])) for level in pyramid_shapes((height, width)))
+
+
+OME_ZARR = Format(".ome.zarr", _open, _pieces, start=_start, stored=_stored)

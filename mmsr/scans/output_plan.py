@@ -115,9 +115,8 @@ def is_stamped(path: str | Path) -> bool:
 
 def is_finished(plan: OutputPlan) -> bool:
     """Tell whether an earlier call has finished this very job; what was edited is not noticed."""
-    finished = Identity("", "", plan.stamp)
     for output in plan.outputs.values():
-        to = output.target(finished)._replace(path=output.path)
+        to = output.target(Identity("", "", plan.stamp))._replace(path=output.path)
         if not (plan.stamp.encode() in start_of(to.path) and format_of(to.path).is_whole(to)):
             return False
         with contextlib.suppress(OSError):

@@ -161,10 +161,8 @@ class ResumableOutput(contextlib.AbstractContextManager["ResumableOutput"]):
 # %% ../../nbs/5_scans/18_resumable_output.ipynb #67b08dc9
 def _open_all(job: ResumableOutput) -> dict[str, Writer]:
     """Open the writers of all outputs."""
-    return {
-        name: open_writer(one.made, one.volume, identity=job.identity, sync=job.sync)
-        for name, one in job.outputs.items()
-    }
+    how: Any = {"identity": job.identity, "sync": job.sync}
+    return {name: open_writer(o.made, o.volume, **how) for name, o in job.outputs.items()}
 
 
 def _commit(job: ResumableOutput, facts: list[dict[str, Any]]) -> None:
@@ -234,9 +232,8 @@ def _conflict(plan: OutputPlan) -> str:
                 return f"{key.removeprefix('job.')}: {there} there, {here} here"
         if "facts" in kept:  # finished but for its last steps
             return ""
-    begun = any(first.glob("done-*"))
     for folder, other in zip(folders, others, strict=True):
-        if other is None and begun:
+        if other is None and any(first.glob("done-*")):
             return f"{folder.name} is gone"
         if other is not None and (kept is None or other["uid"] != kept["uid"]):
             return f"{folder.name} belongs to another"

@@ -204,16 +204,11 @@ def _survey(info: ScanInfo, options: ReadOptions, stack: SliceSource) -> ScanInf
     doubts = [n.removeprefix(TRUST) for n in trusted]
     refusals += tuple(d + OVERRULE for d in doubts if d not in " ".join(refusals))
     notes = [n for n in options.notes if n not in trusted and "padding voxels" not in n]
-    return info._replace(
-        dtype=info.dtype or stack.dtype.name,
-        values=values if planes and math.isfinite(values[0]) else None,
-        padding=padding,
-        seen=every,
-        notes=tuple(dict.fromkeys(notes)),
-        refusals=refusals,
-        planes=_views(info, stack.grid, planes, every)[: 3 if stack.shape[0] > 1 else 1],
-        window=window,
-    )
+    known = values if planes and math.isfinite(values[0]) else None
+    views = _views(info, stack.grid, planes, every)[: 3 if stack.shape[0] > 1 else 1]
+    info = info._replace(dtype=info.dtype or stack.dtype.name, notes=tuple(dict.fromkeys(notes)))
+    info = info._replace(values=known, padding=padding, seen=every, window=window)
+    return info._replace(refusals=refusals, planes=views)
 
 # %% ../../nbs/5_scans/19_scan_summary.ipynb #a0287665
 def scan_info(

@@ -9,7 +9,6 @@ __all__ = ['TYPES', 'MHA', 'NRRD', 'NIFTI', 'NIFTI_GZ', 'HEADED', 'Identity', 'n
 # %% ../../nbs/5_scans/13_slice_writers.ipynb #303ae42f
 import contextlib
 import gzip
-import math
 import os
 import shutil
 import uuid
@@ -53,7 +52,7 @@ class Target(NamedTuple):
     @property
     def plane_bytes(self) -> int:
         """Bytes of a slice that is not packed."""
-        return math.prod(self.volume.array.shape[1:]) * self.dtype.itemsize
+        return mul(*self.volume.array.shape[1:]) * self.dtype.itemsize
 
     @property
     def is_sr(self) -> bool:
@@ -288,11 +287,8 @@ def _unpacked_size(to: Target) -> bytes:
     return (NIFTI.pieces(to, 0)[to.path] % 2**32).to_bytes(4, "little")
 
 
-NIFTI_GZ = NIFTI._replace(
-    ending=".nii.gz",
-    open=_open_gzip,
-    pieces=_gzip_pieces,
-    whole=lambda to: ends_with(to.path, _unpacked_size(to), 4),
-    stored=lambda height, width: 2 * height * width,  # for a moment: chained, and in pieces
-)
+NIFTI_GZ = NIFTI._replace(ending=".nii.gz", open=_open_gzip, pieces=_gzip_pieces)
+NIFTI_GZ = NIFTI_GZ._replace(whole=lambda to: ends_with(to.path, _unpacked_size(to), 4))
+# for a moment: chained, and in pieces
+NIFTI_GZ = NIFTI_GZ._replace(stored=lambda height, width: 2 * height * width)
 HEADED = (MHA, NRRD, NIFTI, NIFTI_GZ)

@@ -7,7 +7,6 @@ __all__ = ['FORMATS', 'WRITABLE', 'THREADS', 'format_of', 'disk_needed', 'free_s
            'write_volume']
 
 # %% ../../nbs/5_scans/16_write.ipynb #90edfe17
-import math
 import os
 import shutil
 import tempfile
@@ -61,7 +60,7 @@ def check_writable(path: str | Path, volume: Volume) -> np.dtype:
     """
     wanted, name = format_of(path), Path(path).name
     shape, dtype = volume.array.shape, np.dtype(volume.array.dtype)
-    if len(shape) != 3 or not math.prod(shape):
+    if len(shape) != 3 or not all(shape):
         raise ShapeError(f"{name}: expected voxels (z, y, x), got shape {shape}")
     if max(shape) > wanted.limit:
         text = f"{wanted.ending} holds up to {wanted.limit} voxels along an axis, got {max(shape)}"
@@ -97,9 +96,8 @@ def open_writer(
 
     def put(z: int, plane: np.ndarray) -> None:
         if plane.shape != volume.array.shape[1:] or plane.dtype != volume.array.dtype:
-            wanted = f"{volume.array.shape[1:]} {volume.array.dtype}"
-            text = f"expected slices of {wanted}, got {plane.shape} {plane.dtype}"
-            raise ShapeError(f"{path.name}: {text}")
+            wanted = f"expected slices of {volume.array.shape[1:]} {volume.array.dtype}"
+            raise ShapeError(f"{path.name}: {wanted}, got {plane.shape} {plane.dtype}")
         with disk_errors(path.name):
             inner.put(z, np.ascontiguousarray(plane, dtype))
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 import pydantic
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from ..core import MMSRError, ResourceError, SettingsError, seeded
 
@@ -105,9 +105,8 @@ def make_fabric(device: str = "auto", devices: int = 1, precision: Precision = "
     chosen = choose_device(device)
     started, nodes = _processes()
     if devices != started:
-        found = f"processes started on this node: {started}"
-        way_out = f"start them with torchrun --nproc-per-node={devices}, or srun"
-        raise SettingsError(f"devices: {devices} asked for, but {found}; {way_out}")
+        text = f"{devices} asked for, but processes started on this node: {started}; start them"
+        raise SettingsError(f"devices: {text} with torchrun --nproc-per-node={devices}, or srun")
     many = started * nodes > 1
     if chosen.type == "cuda":
         if started > (there := torch.cuda.device_count()):
@@ -138,9 +137,8 @@ def _processes() -> tuple[int, int]:
     # Only srun sets these; the one process of a batch job that was given several tasks is alone.
     tasks, nodes = (int(os.environ.get(f"SLURM_STEP_NUM_{x}", "1")) for x in ("TASKS", "NODES"))
     if tasks > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
-        unsaid = f"{tasks} tasks on {nodes} nodes, and nothing says how many on each"
-        way_out = f"start them with srun --ntasks-per-node={tasks // nodes}"
-        raise SettingsError(f"devices: {unsaid}; {way_out}")
+        text = f"{tasks} tasks on {nodes} nodes, and nothing says how many on each; start them"
+        raise SettingsError(f"devices: {text} with srun --ntasks-per-node={tasks // nodes}")
     return tasks // nodes, nodes
 
 # %% ../../nbs/4_training/02_distributed.ipynb #10671814
@@ -173,15 +171,12 @@ def average_gradients(fabric: Fabric, parameters: Iterable[nn.Parameter]) -> Non
         gradient.copy_(part.view_as(gradient))
 
 # %% ../../nbs/4_training/02_distributed.ipynb #76058bdb
-def torch_seeded(
-    seed: int, *path: int | str, device: torch.device | str = "cpu"
-) -> torch.Generator:
+def torch_seeded(seed: int, *path: int | str, device: torch.device | str = "cpu") -> Generator:
     """Begin torch's stream of random numbers of a path, as `seeded` does; a GPU gives others."""
-    start = int(seeded(seed, *path).integers(2**62))
-    return torch.Generator(device).manual_seed(start)
+    return Generator(device).manual_seed(int(seeded(seed, *path).integers(2**62)))
 
 
-def sharded_normal(fabric: Fabric, random: torch.Generator, shape: tuple[int, ...]) -> Tensor:
+def sharded_normal(fabric: Fabric, random: Generator, shape: tuple[int, ...]) -> Tensor:
     """Draw normal numbers for the whole batch; return this process's part, of `shape` (b, ...)."""
     whole = (fabric.world_size * shape[0], *shape[1:])
     drawn = torch.randn(whole, generator=random, device=fabric.device, dtype=torch.float32)

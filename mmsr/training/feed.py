@@ -6,7 +6,6 @@
 __all__ = ['check_banks', 'check_sizes', 'Feed']
 
 # %% ../../nbs/4_training/06_feed.ipynb #4925943f
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,9 +29,8 @@ def check_banks(x_bank: PatchBank, y_bank: PatchBank, scale: int) -> None:
             raise SettingsError(f"{name}: expected patches of modality {modality}, {got}")
     small, large = x_bank.info.size, y_bank.info.size
     if small * scale != large or scale not in (2, 4, 8, 16):
-        pair = f"x_bank has {small} and the scale {scale} (2, 4, 8 or 16)"
-        wanted = f"patches of {small * scale} pixels, as {pair}"
-        raise ShapeError(f"y_bank: expected {wanted}, got {large}")
+        pair = f"x_bank has {small} and the scale {scale} (2, 4, 8 or 16), got {large}"
+        raise ShapeError(f"y_bank: expected patches of {small * scale} pixels, as {pair}")
 
 
 def check_sizes(settings: LoopSettings, networks: dict[str, Any], x_side: int, y_side: int) -> None:
@@ -78,18 +76,14 @@ class Feed:
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Read this process's part of a batch: x [b 1 h w] or, enlarged, [b 1 8h 8w]; y [b 1 8h 8w]."""
-        last = self.settings.channels_last
-        layout = torch.channels_last if last else torch.contiguous_format
+        layout = torch.channels_last if self.settings.channels_last else torch.contiguous_format
         x, y = (z.contiguous(memory_format=layout) for z in self.loader.batch(step))
         return (enlarge_and_pad(x, self.scale, 1) if self.settings.enlarged_input else x), y
 
     def describe(self) -> dict[str, Any]:
         """Describe the banks by what is in them, not by where they lie."""
-        return {
-            bank.info.modality: {
-                "size": bank.info.size,
-                "fingerprint": bank.info.fingerprint,
-                "cases": {case.name: case.fingerprint for case in bank.info.cases},
-            }
-            for bank in self.banks
-        }
+        made: dict[str, Any] = {}
+        for info in (bank.info for bank in self.banks):
+            made[info.modality] = {"size": info.size, "fingerprint": info.fingerprint}
+            made[info.modality]["cases"] = {case.name: case.fingerprint for case in info.cases}
+        return made

@@ -8,7 +8,6 @@ __all__ = ['HealthMetrics', 'health_metrics', 'DivergenceError', 'HealthError', 
 
 # %% ../../nbs/4_training/05_health.ipynb #516855b0
 import io
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -43,11 +42,10 @@ def health_metrics(x: Tensor, x_sr: Tensor, hu_per_unit: float) -> HealthMetrics
     a, b = (image - image.mean((2, 3), keepdim=True) for image in (x.float(), mean))
     covariance = (a * b).mean((1, 2, 3))
     deviations = ((a * a).mean((1, 2, 3)) * (b * b).mean((1, 2, 3))).sqrt()
-    return HealthMetrics(
-        (covariance / deviations.clamp_min(1e-9)).mean(),
-        (mean.mean((1, 2, 3)) - x.float().mean((1, 2, 3))).abs().mean() * hu_per_unit,
-        x_sr.float().std((1, 2, 3)).mean() * hu_per_unit,
-    )
+    correlation = (covariance / deviations.clamp_min(1e-9)).mean()
+    drift = (mean.mean((1, 2, 3)) - x.float().mean((1, 2, 3))).abs().mean()
+    spread = x_sr.float().std((1, 2, 3)).mean()
+    return HealthMetrics(correlation, drift * hu_per_unit, spread * hu_per_unit)
 
 # %% ../../nbs/4_training/05_health.ipynb #75de7676
 class DivergenceError(MMSRError):
@@ -64,7 +62,7 @@ _WAY_OUT = "the last checkpoint is kept; start a new run with a lower learning_r
 def check_finite(losses: Mapping[str, float], step: int) -> None:
     """Stop a run whose losses, or sums of them, are not numbers any more."""
     for name, value in losses.items():
-        if not math.isfinite(value):
+        if not np.isfinite(value):
             raise DivergenceError(f"step {step}: '{name}' is {value}; {_WAY_OUT}")
 
 

@@ -18,14 +18,12 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from .. import __version__
 from ..core import FileError, ResourceError, SettingsError, progress_bar, write_file
 from ..networks.generators import G1
 from ..networks.weights import ModelCard, load_generator, save_generator
 from . import health, run_folder
 from .distributed import on_rank_zero
 from .feed import Feed
-from .settings import LoopSettings
 from .steps import Meter, OtherNumbers, shown_losses, shown_times, with_enlargement
 
 # %% ../../nbs/4_training/07_run.ipynb #ce10bcf0
@@ -296,23 +294,18 @@ def model_card(run: TrainingRun, g1: G1) -> ModelCard:
         for bank in (x_bank, y_bank)
     )
     fabric, device, data = run.fabric, run.fabric.device, run.options.data
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    training: dict[str, Any] = {name: run.config[name] for name in ("precision", "settings")}
+    training |= {"steps": run.step, "steps_planned": run.settings.steps}
+    training |= {"batch_size": run.settings.batch_size, "torch": torch.__version__}
+    training["device"] = where if fabric.world_size == 1 else f"{fabric.world_size} x {where}"
+    training["clinical_mm"] = sorted(map(list, {case.spacing_mm for case in x_bank.info.cases}))
+    training["kernels"] = sorted({case.kernel for case in x_bank.info.cases} - {""})
     return ModelCard(
         g1=g1.settings,
         clinical_window=dict(x_bank.info.window),
         micro_window=dict(y_bank.info.window),
         method=run.config["method"],
         data=f"{data}: {cases}" if data else cases,
-        training={
-            "steps": run.step,
-            "steps_planned": run.settings.steps,
-            "batch_size": run.settings.batch_size,
-            "device": name if fabric.world_size == 1 else f"{fabric.world_size} x {name}",
-            "precision": run.config["precision"],
-            "torch": torch.__version__,
-            "clinical_mm": sorted(map(list, {case.spacing_mm for case in x_bank.info.cases})),
-            "kernels": sorted({case.kernel for case in x_bank.info.cases} - {""}),
-            "settings": run.config["settings"],
-        },
-        version=__version__,
+        training=training,
     )

@@ -249,12 +249,8 @@ class RunFolder(NamedTuple):
 # No result depends on these, so a run may go on with others.
 _CHANGEABLE_ON_RESUME = ("checkpoint_every", "previews_every", "health")
 # Words of earlier versions, and what they are called now.
-_RENAMED = {
-    "strips_every": "previews_every",
-    "judge": "discriminator_loss_min",
-    "reading": "baseline",
-    "released": "code_2022",
-}
+_RENAMED = {"strips_every": "previews_every", "judge": "discriminator_loss_min"}
+_RENAMED |= {"reading": "baseline", "released": "code_2022"}
 
 
 def old_words(values: Any) -> list[str]:

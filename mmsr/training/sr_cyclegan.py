@@ -8,13 +8,13 @@ __all__ = ['SRCycleGANSettings', 'cyclegan_settings', 'Networks', 'networks_of',
 
 # %% ../../nbs/4_training/08_sr_cyclegan.ipynb #542d48fa
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import pydantic
 import torch
 from torch import Tensor, nn
 
+from ..core import AnyPath
 from ..data.patches import Banks, PatchBank
 from ..losses.gan import lsgan_generator_loss, reconstruction_loss
 from ..losses.mmsr import MMSRTerms, enlarge, identity_loss, mmsr_loss, mmsr_terms_on_small_grid
@@ -79,12 +79,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 4, "steps": 500_000, "augment": False, "ema": 0.0,
     },
 }  # fmt: skip
-_SAME_SIZE = {
-    "g1": ResnetSettings(octaves=0).model_dump(),
-    "g2": ResnetSettings(octaves=0).model_dump(),
-    "d_x": {"layers": 3, "channels": 64},
-    "d_y": {"channels": 64},
-}
+_SAME_SIZE = dict.fromkeys(("g1", "g2"), ResnetSettings(octaves=0).model_dump())
+_SAME_SIZE |= {"d_x": {"layers": 3, "channels": 64}, "d_y": {"channels": 64}}
 
 
 def cyclegan_settings(
@@ -187,11 +183,7 @@ def generator_losses(
 
 # %% ../../nbs/4_training/08_sr_cyclegan.ipynb #d09fd45a
 def sr_cyclegan_loop(
-    settings: SRCycleGANSettings,
-    banks: Banks,
-    folder: str | Path,
-    fabric: Fabric,
-    options: RunOptions,
+    settings: SRCycleGANSettings, banks: Banks, folder: AnyPath, fabric: Fabric, options: RunOptions
 ) -> Loop:
     """Make the steps of SR-CycleGAN or, without the MMSR terms, of CycleGAN (Sec. 2.3, Eq. 4)."""
     nets = g1, g2, d_x, d_y = networks_of(settings)
@@ -242,7 +234,7 @@ def train_sr_cyclegan(
     settings: SRCycleGANSettings,
     x_bank: PatchBank,
     y_bank: PatchBank,
-    folder: str | Path,
+    folder: AnyPath,
     *,
     fabric: Fabric | None = None,
     options: RunOptions | None = None,

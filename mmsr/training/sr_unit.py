@@ -9,13 +9,13 @@ __all__ = ['SRUNITSettings', 'unit_settings', 'SRUNITNetworks', 'networks_of', '
 # %% ../../nbs/4_training/09_sr_unit.ipynb #8b2aec20
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import pydantic
 import torch
 from torch import Tensor
 
+from ..core import AnyPath
 from ..data.patches import Banks, PatchBank
 from ..losses.gan import latent_loss, lsgan_generator_loss, reconstruction_loss
 from ..losses.mmsr import MMSRTerms, mmsr_loss, mmsr_terms_on_small_grid
@@ -71,11 +71,9 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 1, "steps": 2_000_000, "augment": False, "ema": 0.0, "checkpoint_every": 10_000,
     },
 }  # fmt: skip
-_SAME_SIZE = {
-    "unit": {"latent": 256, "norm": "instance", "halvings_x": 2, "halvings_y": 2},
-    "d_x": {"layers": 3, "scales": 3, "norm": "none", "channels": 64},
-    "d_y": {"layers": 3, "scales": 3, "norm": "none", "channels": 64},
-}
+_SAME_SIZE = {"unit": {"latent": 256, "norm": "instance", "halvings_x": 2, "halvings_y": 2}}
+_DEEP = {"layers": 3, "scales": 3, "norm": "none", "channels": 64}
+_SAME_SIZE |= {"d_x": _DEEP, "d_y": _DEEP}
 
 
 def unit_settings(
@@ -122,11 +120,10 @@ class SRUNITNetworks(NamedTuple):
 
 def networks_of(settings: SRUNITSettings) -> SRUNITNetworks:
     """Build the six networks with their first weights, on the CPU (R13)."""
-    return SRUNITNetworks(
-        *UNITNetworks.build(settings.unit, torch_seeded(settings.seed, "weights", "unit")),
-        PatchDiscriminator.build(settings.d_x, torch_seeded(settings.seed, "weights", "d_x")),
-        PatchDiscriminator.build(settings.d_y, torch_seeded(settings.seed, "weights", "d_y")),
-    )
+    own = {name: torch_seeded(settings.seed, "weights", name) for name in ("unit", "d_x", "d_y")}
+    d_x = PatchDiscriminator.build(settings.d_x, own["d_x"])
+    d_y = PatchDiscriminator.build(settings.d_y, own["d_y"])
+    return SRUNITNetworks(*UNITNetworks.build(settings.unit, own["unit"]), d_x, d_y)
 
 # %% ../../nbs/4_training/09_sr_unit.ipynb #dcbc8fa7
 class Outputs(NamedTuple):
@@ -195,7 +192,7 @@ def generator_losses(
 
 # %% ../../nbs/4_training/09_sr_unit.ipynb #c0351cb9
 def sr_unit_loop(
-    settings: SRUNITSettings, banks: Banks, folder: str | Path, fabric: Fabric, options: RunOptions
+    settings: SRUNITSettings, banks: Banks, folder: AnyPath, fabric: Fabric, options: RunOptions
 ) -> Loop:
     """Make the steps of SR-UNIT or, without the MMSR terms, of UNIT (Sec. 2.3, Eq. 4, R13)."""
     nets = networks_of(settings)
@@ -243,7 +240,7 @@ def train_sr_unit(
     settings: SRUNITSettings,
     x_bank: PatchBank,
     y_bank: PatchBank,
-    folder: str | Path,
+    folder: AnyPath,
     *,
     fabric: Fabric | None = None,
     options: RunOptions | None = None,

@@ -56,7 +56,7 @@ class ImagePool:
             return images
         random, rank = seeded(self.seed, "pool", self.name, step), self.fabric.global_rank
         own = slice(rank * len(images), (rank + 1) * len(images))
-        swapped = np.flatnonzero(random.random(self.batch_size)[own] < 0.5)
+        swapped = (random.random(self.batch_size)[own] < 0.5).nonzero()[0]
         places = random.integers(self.capacity, size=self.batch_size)[own][swapped]
         both = map(torch.from_numpy, (swapped, places))
         slot, place = (index.to(images.device, non_blocking=True) for index in both)
