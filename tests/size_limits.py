@@ -1,6 +1,6 @@
 """How long the package may be, and the exceptions, which only shrink."""
 
-CODE = 9_800
+CODE = 9_391
 DOCSTRINGS = 2_600
 LONGEST = 400
 MEDIAN = 150
