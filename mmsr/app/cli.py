@@ -153,11 +153,9 @@ def super_resolve(
     how: Any = {"force": force, "resample": resample, "series": series, "reorient": reorient}
     volume = read_volume(scan, slices=slices, lazy=True, **how)
     if RESEARCH_ONLY in volume.notes and not force:
-        raise FileError(f"{scan}: is itself super-resolved; give what it was made from, or --force")
-    inside = read_mask(mask, volume) if mask is not None else None
+        raise FileError(f"{scan}: is itself super-resolved; give what it was made of, or --force")
     lung = partial(lung_of, volume, scan, slices, **how)
-    if lung_only and inside is None:
-        inside = lung()
+    inside = read_mask(mask, volume) if mask is not None else lung() if lung_only else None
     how = {"mask": inside, "find_lung": lung, "overwrite": overwrite}
     job = plan_scan(volume, targets, g1, card, options, **how)
     if job.finished:

@@ -22,7 +22,7 @@ import yaml
 
 from mmsr.app import cli
 from mmsr.app.plan import check_plan, snakemake_command
-from mmsr.app.prepare import PrepareSettings, clinical_cases
+from mmsr.app.prepare import PrepareSettings, clinical_cases, prepare
 from mmsr.app.run_notebook import run_experiment
 from mmsr.app.train import TrainSettings, launch_training, method_settings, train
 from mmsr.core import FileError, MMSRError, ResourceError, SettingsError, ShapeError, read_json
@@ -713,14 +713,18 @@ def test_the_plans_that_come_along_are_valid(plan: Path) -> None:
     check_plan(yaml.safe_load(plan.read_text(encoding="utf8")))
 
 
-def prepare_and_train(folder: Path, values: dict[str, Any]) -> None:
+def prepare_and_train(folder: Path, values: dict[str, Any], plain: bool) -> None:
     """Run the two experiments as a user would, with other paths and few patches."""
-    prepared = folder / "prepare"
-    common = {"out": str(prepared), "held_out": 0, "patch_size": 8, "patches_per_case": 8}
-    run_experiment("prepare", prepared / "n.ipynb", {**common, **values})
-    settings = {**SMALL_NETWORKS, "steps": 3, "history_every": 1}
-    run = {"prepared": str(prepared), "run": str(folder / "run"), "settings": settings}
-    run_experiment("train", folder / "run" / "n.ipynb", {**run, "threads": 1, "device": "cpu"})
+    values = {"held_out": 0, "patch_size": 8, "patches_per_case": 8, **values}
+    values["out"] = str(folder / "prepare")
+    run = {"prepared": values["out"], "run": str(folder / "run"), "threads": 1, "device": "cpu"}
+    run |= {"settings": {**SMALL_NETWORKS, "steps": 3, "history_every": 1}}
+    if plain:
+        prepare(values)
+        train(run)
+    else:
+        run_experiment("prepare", folder / "prepare" / "n.ipynb", values)
+        run_experiment("train", folder / "run" / "n.ipynb", run)
     history = read_history(folder / "run" / "history.csv")
     assert history["step"] == [1, 2, 3]
     assert all(math.isfinite(v) for column in history.values() for v in column)
@@ -740,7 +744,7 @@ def test_real_data_with_only_paths_changed(tmp_path: Path, micro: str) -> None:
     else:
         values |= {"micro": "${MMSR_REAL_DATA}/bone_microct_tiff", "micro_voxel_um": 19.5}
         values |= {"micro_slices": [80, 84], "micro_resample_um": 39}
-    prepare_and_train(tmp_path, values)
+    prepare_and_train(tmp_path, values, plain=micro == "bone")
     facts = read_json(tmp_path / "prepare" / "prepared.json")
     source = "phantom" if micro == "phantom" else "specimen data"
     assert facts["data"] == f"patient data (clinical), {source} (µCT)"
