@@ -1,7 +1,7 @@
 """How long the package may be, and the exceptions, which only shrink."""
 
-CODE = 9_391
-DOCSTRINGS = 2_600
+CODE = 9_671
+DOCSTRINGS = 2_650
 LONGEST = 400
 MEDIAN = 150
 LONG_PAGES = {}
