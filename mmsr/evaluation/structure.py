@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['FRC_THRESHOLD', 'RAYS', 'STEP_MM', 'HALF_HU', 'LARGEST_GAP_MM', 'SEPTUM_HU', 'SMALLEST_MM', 'CLOSED_FROM_MM', 'Rings',
            'ring_correlation', 'resolution_mm', 'Bronchus', 'tube_profiles', 'measure_bronchus', 'vessel_diameter_mm',
-           'septa_per_mm', 'pattern_db', 'Structure', 'judged_tubes', 'measure_structure']
+           'septa_per_mm', 'pattern_db', 'Structure', 'judged_tubes', 'measure_structure', 'mean_structure']
 
 # %% ../../nbs/7_evaluation/02_structure.ipynb #6a209873
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -239,7 +240,9 @@ def _lumen_mm2(tube: KnownTube) -> float:
     return np.pi / 4 * tube.diameter_mm**2
 
 # %% ../../nbs/7_evaluation/02_structure.ipynb #461ba4f9
-def measure_structure(sr_hu: ndarray, case: PhantomCase, z: int = 0) -> Structure:
+def measure_structure(
+    sr_hu: ndarray, case: PhantomCase, z: int = 0, *, closed_from_mm: float = CLOSED_FROM_MM
+) -> Structure:
     """Measure what an SR slice keeps of a phantom's structure.
 
     Parameters
@@ -250,6 +253,8 @@ def measure_structure(sr_hu: ndarray, case: PhantomCase, z: int = 0) -> Structur
         The phantom it was made from; `clinical_case` makes it again from the seed.
     z : int
         Number of the slice.
+    closed_from_mm : float
+        Width of the air from which on a bronchus counts in `walls_closed`.
 
     Returns
     -------
@@ -269,7 +274,7 @@ def measure_structure(sr_hu: ndarray, case: PhantomCase, z: int = 0) -> Structur
     parts = np.stack([(scan - clean)[blocks], clean[blocks], np.ones(blocks.sum())], 1)
     tubes = judged_tubes(case, z)
     bronchi = [(t, measure_bronchus(sr_hu, t, pixel_mm=pixel_mm)) for t in tubes if t.wall_mm]
-    wide = [seen.closed for tube, seen in bronchi if tube.diameter_mm >= CLOSED_FROM_MM]
+    wide = [seen.closed for tube, seen in bronchi if tube.diameter_mm >= closed_from_mm]
     vessels = [
         vessel_diameter_mm(sr_hu, tube, pixel_mm=pixel_mm) - tube.diameter_mm
         for tube in tubes
@@ -292,3 +297,12 @@ def measure_structure(sr_hu: ndarray, case: PhantomCase, z: int = 0) -> Structur
 def _mean(numbers: list) -> float:
     """Average numbers without their sign; NaN if there are none."""
     return float(np.mean(np.abs(numbers))) if numbers else float("nan")
+
+# %% ../../nbs/7_evaluation/02_structure.ipynb #3173c700
+def mean_structure(slices: Sequence[Structure]) -> Structure:
+    """Average the slices of a case that have the number; NaN where none has."""
+    table = np.array(slices)
+    known = ~np.isnan(table)
+    count = known.sum(0)
+    means = np.divide(np.where(known, table, 0).sum(0), count, where=count > 0)
+    return Structure(*np.where(count > 0, means, np.nan).tolist())
