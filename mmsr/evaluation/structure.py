@@ -301,8 +301,8 @@ def _mean(numbers: list) -> float:
 # %% ../../nbs/7_evaluation/02_structure.ipynb #3173c700
 def mean_structure(slices: Sequence[Structure]) -> Structure:
     """Average the slices of a case that have the number; NaN where none has."""
-    table = np.array(slices)
-    known = ~np.isnan(table)
-    count = known.sum(0)
-    means = np.divide(np.where(known, table, 0).sum(0), count, where=count > 0)
-    return Structure(*np.where(count > 0, means, np.nan).tolist())
+    means = []
+    for column in zip(*slices, strict=True):
+        known = [value for value in column if not np.isnan(value)]
+        means.append(float(np.mean(known)) if known else float("nan"))
+    return Structure(*means)
