@@ -1,7 +1,7 @@
 """How long the package may be, and the exceptions, which only shrink."""
 
-CODE = 9_640
-DOCSTRINGS = 2_700
+CODE = 10_291
+DOCSTRINGS = 2_900
 LONGEST = 400
 MEDIAN = 150
 LONG_PAGES = {}

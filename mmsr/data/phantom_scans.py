@@ -95,6 +95,7 @@ class PhantomCase(NamedTuple):
     masks: dict[str, ndarray]  # lung, vessel, bronchus, tumour on the truth grid
     places: dict[str, Place]
     geometry: list[KnownTube]
+    noiseless: Volume  # `clinical` before the noise
 
 
 def clinical_case(
@@ -129,10 +130,12 @@ def clinical_case(
     scene, heights = _layout(seed, n_slices, size, SLICE_MM, "patient")
     rng = seeded(seed, "clinical noise")
     offsets = (np.arange(samples) - samples // 2) * SLICE_MM / samples
-    clinical, cuts = [], []
+    clinical, noiseless, cuts = [], [], []
     for z in heights:
         thin = [hr_slice(scene, z + dz) for dz in offsets]
-        clinical.append(clinical_slice(np.stack([s.hu for s in thin]), rng))
+        hu = np.stack([s.hu for s in thin])
+        clinical.append(clinical_slice(hu, rng))
+        noiseless.append(clinical_slice(hu, rng, noise_hu=0))
         cuts.append(thin[samples // 2])
     masks = {name: np.stack([getattr(c, name) for c in cuts]) for name in cuts[0]._fields[1:]}
     geometry = _known_tubes(scene, heights, masks)
@@ -140,7 +143,8 @@ def clinical_case(
     scan = Volume(_rounded(clinical, np.int16), spacing, notes=("phantom",))
     fine, origin = sr_geometry(scan, SCALE)
     truth = Volume(_rounded([c.hu for c in cuts], np.int16), fine, origin, notes=("phantom",))
-    return PhantomCase(scan, truth, masks, _places(scene, masks, geometry), geometry)
+    places, clean = _places(scene, masks, geometry), _rounded(noiseless, np.int16)
+    return PhantomCase(scan, truth, masks, places, geometry, scan._replace(array=clean))
 
 
 def _layout(seed: int, count: int, size: int, step_mm: float, kind: str) -> tuple[Scene, ndarray]:
