@@ -1,6 +1,6 @@
 """How long the package may be, and the exceptions, which only shrink."""
 
-CODE = 9_391
+CODE = 9_580
 DOCSTRINGS = 2_600
 LONGEST = 400
 MEDIAN = 150

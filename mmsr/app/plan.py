@@ -144,9 +144,8 @@ def plan_failure(said: str, out: Path = Path()) -> str:
         reason = "a process was killed, most often for want of memory"
     pages = {step: out / step / "notebook.running.ipynb" for step in failed_steps(said, out)}
     errors = {step: run_notebook.page_error(page)[:200] for step, page in pages.items()}
-    return (
-        "; ".join(f"{step} failed: {error or reason}" for step, error in errors.items()) or reason
-    )
+    texts = [f"{step} failed: {error or reason}" for step, error in errors.items()]
+    return "; ".join(texts) or reason
 
 
 def checked_command(file: Path, out: Path, cores: int | None, profile: str) -> list[str]:
@@ -176,28 +175,24 @@ def run_plan(file: Path, out: Path, cores: int | None = 2, profile: str = "") ->
         raise MMSRError(f"{out}: the plan was not finished: {reason}; run again to go on")
 
 # %% ../../nbs/8_app/04_plan.ipynb #6b1f0a16
+_JOB = r"^(?:local)?rule (\w+):\n(?: +.*\n)*? +output: ([^,\s]+).*\n(?: +.*\n)*? +reason: (.*)"
+
+
 def dry_run(file: Path, out: Path, cores: int | None = 2, profile: str = "") -> list[str]:
     """List the steps that a plan would run now, and why; nothing is run or written."""
     checked_command(file, out, cores, profile)
+    how: Any = {"capture_output": True, "text": True, "errors": "replace", "check": False}
     with tempfile.TemporaryDirectory() as empty:
         place = out if out.is_dir() else Path(empty)
         command = [*snakemake_command(file, place, cores, profile), "--dry-run"]
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", check=False
-        )
+        done = subprocess.run(command, **how)
     if done.returncode:
         raise MMSRError(f"{out}: {plan_failure(done.stderr)}")
-    block = r"^(?:local)?rule (\w+):\n(?: +.*\n)*? +output: ([^,\s]+).*\n(?: +.*\n)*? +reason: (.*)"
-    found = re.findall(block, done.stdout + done.stderr, re.MULTILINE)
-    order = ["prepare", "train", "super_resolve", "evaluate"]
+    found = re.findall(_JOB, done.stdout + done.stderr, re.MULTILINE)
     found.sort(key=lambda job: ["prepare", "train", "super_resolve", "evaluate"].index(job[0]))
-    lines = []
-    for rule, output, reason in found:
-        step = "/".join([rule, *Path(output).parts[1:-1]])
-        begun = training_status(out / step).text if rule == "train" else ""
-        at = f"; it stopped at {begun.partition(';')[0]}" if begun else ""
-        lines.append(f"{step}: {reason.partition(':')[0].lower()}{at}")
-    return lines or ["nothing is to be done"]
+    steps = ["/".join([rule, *Path(output).parts[1:-1]]) for rule, output, _ in found]
+    reasons = [reason.partition(":")[0].lower() for _, _, reason in found]
+    return [*map("{}: {}".format, steps, reasons)] or ["nothing is to be done"]
 
 # %% ../../nbs/8_app/04_plan.ipynb #6b1f0a18
 def _model_status(out: Path, model: str, trained: Status) -> Status:
@@ -205,9 +200,9 @@ def _model_status(out: Path, model: str, trained: Status) -> Status:
     if trained.state != "done":
         return trained
     made = page_status(out / "super_resolve" / model, "done.json")
-    text = f"super_resolve: {made.text}" if made.text else ""
-    state = "trained" if made.state == "waiting" else made.state
-    return Status(state, "; ".join(filter(None, [trained.text, text])))
+    if made.state in ("done", "waiting"):
+        return trained._replace(state="done" if made.state == "done" else "trained")
+    return Status(made.state, f"{trained.text}; super_resolve {made.text}".strip("; "))
 
 
 def status_lines(out: str | Path) -> list[str]:
@@ -226,12 +221,10 @@ def status_lines(out: str | Path) -> list[str]:
     models = {model: _model_status(out, model, status) for model, status in models.items()}
     rows = {"prepare": page_status(out / "prepare", "prepared.json"), **models}
     rows["evaluate"] = page_status(out / "evaluate", "../report.html")
-    begun = "running" if at_work else "stopped"
-    rows = {
-        name: one._replace(state=one.state.replace("begun", begun)) for name, one in rows.items()
-    }
-    number = Counter(rows[model].state for model in models)
-    summed = ", ".join(f"{count} {state}" for state, count in number.most_common())
+    begun = {"begun": "running" if at_work else "stopped"}
+    states = {name: begun.get(one.state, one.state) for name, one in rows.items()}
+    counted = Counter(states[model] for model in models).most_common()
+    summed = ", ".join(f"{number} {state}" for state, number in counted)
     width = max(map(len, rows))
-    lines = [f"{name:<{width}}  {state:<8} {text}".rstrip() for name, (state, text) in rows.items()]
+    lines = [f"{n:<{width}}  {states[n]:<8} {one.text}".rstrip() for n, one in rows.items()]
     return [f"{out}: {'at work' if at_work else 'nobody is at work'}; models: {summed}", *lines]

@@ -26,15 +26,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 import mmsr
-from mmsr.core import (
-    FileError,
-    MMSRError,
-    ResourceError,
-    Settings,
-    SettingsError,
-    disk_errors,
-    read_json,
-)
+from ..core import FileError, MMSRError, ResourceError, Settings, SettingsError, disk_errors
 
 # %% ../../nbs/8_app/01_run_notebook.ipynb #0eac465e
 def experiments_folder() -> Path:
@@ -342,7 +334,9 @@ def _stderr_into(log: Path) -> Iterator[TextIO]:
 def page_error(page: str | Path) -> str:
     """Find the error in the page that a failed run left; nothing if there is none."""
     with suppress(FileError, KeyError, TypeError):
-        outputs = [one for cell in read_json(page)["cells"] for one in cell.get("outputs", [])]
+        outputs = [
+            one for cell in mmsr.core.read_json(page)["cells"] for one in cell.get("outputs", [])
+        ]
         for output in outputs:
             if output["output_type"] == "error":
                 return " ".join(f"{output['ename']}: {output['evalue']}".split())

@@ -20,14 +20,8 @@ import pydantic
 import torch
 from tqdm import tqdm
 
-from mmsr.app.run_notebook import (
-    SAVED,
-    end_processes,
-    make_folder,
-    page_error,
-    processes_below,
-    read_yaml,
-)
+from . import run_notebook
+from .run_notebook import end_processes, make_folder, processes_below, read_yaml
 from ..core import FileError, MMSRError, ResourceError, SettingsError, read_json, write_json
 from ..data.patches import open_bank
 from ..scans.cases import NonEmpty, read_prepared
@@ -220,8 +214,8 @@ def page_status(folder: str | Path, done: str) -> Status:
     pages = sorted(Path(folder).glob("*.running.ipynb"))
     if not pages:
         return Status("waiting")
-    error = page_error(pages[0])
-    told = SAVED in error or error.startswith("KeyboardInterrupt")
+    error = run_notebook.page_error(pages[0])
+    told = run_notebook.SAVED in error or error.startswith("KeyboardInterrupt")
     return Status("failed", error) if error and not told else Status("begun")
 
 
@@ -247,8 +241,10 @@ def training_status(run: str | Path) -> Status:
         state = "running"
     elif page.state == "done" or (files.weights.exists() and step >= steps):
         state = "done"
-    else:  # "begun" is a process that has not come to the lock yet, or has just let it go
-        state = page.state if page.state in ("failed", "begun") else "stopped"
+    else:
+        pages = [path.stat().st_mtime for path in Path(run).glob("*.running.ipynb")]
+        young = time.time() - max(pages, default=0) < 120  # not yet at the lock, or just past it
+        state = page.state if page.state == "failed" or young else "stopped"
         parts.append(page.text)
     return Status(state, "; ".join(filter(None, parts)))
 

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,64 @@ if "ipykernel_launcher" in sys.orig_argv:
 """
 
 
+# Experiments that only write the last of their files: `bad` fails always, `once` the first time.
+STUB = """
+import json, os, sys
+from pathlib import Path
+if sys.orig_argv[1:4] == ["-m", "mmsr", "run"]:
+    experiment, _, page = sys.orig_argv[4:7]
+    name = Path(page).parent.name
+    Path(page).parent.mkdir(parents=True, exist_ok=True)
+    with open("calls", "a") as file:
+        file.write(f"{experiment} {name} {os.environ.get('MMSR_GPUS')}" + chr(10))
+    tries = Path("calls").read_text().count(f"train {name}")
+    if experiment == "train" and (name == "bad" or (name == "once" and tries == 1)):
+        os._exit(2)
+    last = {"prepare": "prepare/prepared.json", "super_resolve": f"super_resolve/{name}/done.json"}
+    if experiment in last:
+        Path(last[experiment]).write_text("{}")
+    os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_a_stubborn_failure_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What the workflow makes of experiments that fail, which here are stubs."""
+    out, file, profile = (tmp_path / name for name in ("out", "plan.yaml", "profile"))
+    plan = yaml.safe_load(TINY.read_text())
+    plan["train"] = dict.fromkeys(("bad", "good", "once"), plan["train"]["with-mmsr"])
+    file.write_text(yaml.safe_dump(plan))
+    profile.mkdir()
+    (profile / "config.yaml").write_text("cores: 1\nresources: [gpu=2]\n")
+    steps = [line.partition(":")[0] for line in dry_run(file, out)]
+    each = [f"{rule}/{name}" for rule in ("train", "super_resolve") for name in plan["train"]]
+    assert sorted(steps) == sorted(["prepare", *each, "evaluate"])
+    assert not out.exists()
+
+    (tmp_path / "sitecustomize.py").write_text(STUB)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path[1:]]))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["plan", str(file), "--out", str(out), "--profile", str(profile)])
+    assert stopped.value.code == 2
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert said == (
+        f"mmsr: {out}: the plan was not finished: train/bad failed: the reason stands above; "
+        "run again to go on"
+    )
+    calls = (out / "calls").read_text().splitlines()
+    wanted = {"train bad": 2, "train good": 1, "train once": 2}
+    wanted |= {"super_resolve good": 1, "super_resolve once": 1, "prepare prepare": 1}
+    assert dict(Counter(line.rpartition(" ")[0] for line in calls)) == wanted
+    assert {line.rpartition(" ")[2] for line in calls} == {"0,1"}
+    head, *_, last = status_lines(out)
+    assert head == f"{out}: nobody is at work; models: 2 done, 1 waiting"
+    assert last == "evaluate  waiting"
+
+
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="kernels are killed")
 def test_one_that_fails_stops_no_other(
