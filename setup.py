@@ -44,7 +44,9 @@ setup(
     package_data={lib: ["__init__.pyi", "weights/*.safetensors", "py.typed"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "bench")},
+    extras_require={
+        name: cfg[f"{name}_requirements"].split() for name in ("dev", "bench", "slurm")
+    },
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{lib}={lib}._modidx:d"],

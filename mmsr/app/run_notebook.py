@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Kind', 'Texts', 'SAVED', 'UNSTARTED', 'experiments_folder', 'make_folder', 'AsWritten', 'named_once', 'read_yaml',
            'as_declared', 'values_by_type', 'read_parameters', 'notebook_parameters', 'processes_below',
-           'end_processes', 'find_experiment', 'declared_types', 'run_experiment']
+           'end_processes', 'own_gpus', 'find_experiment', 'declared_types', 'run_experiment', 'page_error']
 
 # %% ../../nbs/8_app/01_run_notebook.ipynb #36aee0ab
 import importlib
@@ -14,14 +14,16 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 import yaml
+from filelock import FileLock, Timeout
 
 import mmsr
 from ..core import FileError, MMSRError, ResourceError, Settings, SettingsError, disk_errors
@@ -178,6 +180,24 @@ def end_processes(spared: set[Any], patience_s: float = 6) -> None:
                 if all(process.status() == psutil.STATUS_ZOMBIE for process in alive):
                     return
 
+# %% ../../nbs/8_app/01_run_notebook.ipynb #5a7e0005
+@contextmanager
+def own_gpus(wanted: int) -> Iterator[None]:
+    """Have so many of the GPUs in MMSR_GPUS for this process alone; without a list change nothing."""
+    listed = list(filter(None, os.environ.get("MMSR_GPUS", "").split(",")))
+    user, own = getattr(os, "getuid", int)(), list[str]()
+    with ExitStack() as stack:
+        while len(own) < min(wanted, len(listed)):
+            for name in listed:
+                lock = FileLock(Path(tempfile.gettempdir(), f"mmsr-{user}-gpu-{name}.lock"))
+                if name not in own and len(own) < wanted:
+                    with suppress(Timeout):
+                        stack.enter_context(lock.acquire(timeout=0.2))
+                        own.append(name)
+        if listed:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
+        yield
+
 # %% ../../nbs/8_app/01_run_notebook.ipynb #f1ndexp0
 def find_experiment(name: str) -> Path:
     """Find the notebook of an experiment, or the one of that path."""
@@ -250,6 +270,7 @@ def run_experiment(name: str, output: str | Path, values: Mapping[str, Any]) -> 
     except DeadKernelError:
         killed = "was killed, most often for want of memory, or a patch bank was changed under it"
         way_out = "run again to go on, or give it less to do"
+        _note_error(running, "ResourceError", f"its process {killed}; {way_out}")
         raise ResourceError(f"{notebook.stem}: its process {killed}; {way_out}") from None
     except papermill.PapermillExecutionError as e:
         if not hasattr(mmsr.core, e.ename):
@@ -308,3 +329,28 @@ def _stderr_into(log: Path) -> Iterator[TextIO]:
         finally:
             sys.stderr.flush()
             os.dup2(terminal.fileno(), 2)
+
+# %% ../../nbs/8_app/01_run_notebook.ipynb #5a7e0002
+def page_error(page: str | Path) -> str:
+    """Find the error in the page that a failed run left; nothing if there is none."""
+    with suppress(FileError, KeyError, TypeError):
+        outputs = [
+            one for cell in mmsr.core.read_json(page)["cells"] for one in cell.get("outputs", [])
+        ]
+        for output in outputs:
+            if output["output_type"] == "error":
+                return " ".join(f"{output['ename']}: {output['evalue']}".split())
+    return ""
+
+
+def _note_error(page: Path, name: str, reason: str) -> None:
+    """Write an error below the last cell of a page that was begun."""
+    import nbformat
+
+    with suppress(OSError, ValueError, IndexError):
+        notebook = nbformat.read(page, 4)
+        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        begun = [cell for cell in code if cell.metadata.get("papermill", {}).get("start_time")]
+        error = {"ename": name, "evalue": reason, "traceback": [f"{name}: {reason}"]}
+        begun[-1].outputs.append(nbformat.v4.new_output("error", **error))
+        nbformat.write(notebook, page)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINT_FORMAT', 'write_history', 'read_history', 'TensorBoardLog', 'save_checkpoint', 'list_checkpoints',
-           'load_checkpoint', 'latest_checkpoint', 'locked', 'RunFolder', 'old_words', 'restore', 'open_run']
+           'load_checkpoint', 'latest_checkpoint', 'locked', 'is_locked', 'RunFolder', 'old_words', 'restore',
+           'open_run']
 
 # %% ../../nbs/4_training/01_run_folder.ipynb #fb653adf
 import csv
@@ -220,13 +221,26 @@ def locked(folder: str | Path, does: str = "trains") -> AbstractContextManager[A
     """Keep other processes out of a folder, made when missing, until the context ends."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        return FileLock(Path(folder, "lock")).acquire(timeout=0)
+        return FileLock(Path(folder, "lock")).acquire(timeout=0.2)  # `is_locked` only looks
     except NotImplementedError:  # some network disks know no locks
         return nullcontext()
     except Timeout as e:
         raise ResourceError(f"{folder}: another process {does} here; wait for it") from e
     except OSError as e:
         raise FileError(f"{folder}: the run folder cannot be made ({e.strerror or e})") from e
+
+
+def is_locked(folder: str | Path) -> bool:
+    """Tell whether a process is at work in a folder, that is, holds its lock."""
+    if not (lock := Path(folder, "lock")).exists():
+        return False
+    try:
+        with FileLock(lock).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+    except (NotImplementedError, OSError):  # no locks here, or not ours to look at
+        return False
 
 
 class RunFolder(NamedTuple):
