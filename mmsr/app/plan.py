@@ -130,7 +130,7 @@ def snakemake_command(plan: Path, out: Path, cores: int | None, profile: str = "
 
 def failed_steps(said: str, out: Path) -> list[str]:
     """List the steps that failed, by their folders, but for those that another try has done."""
-    made = re.findall(r"^Error in rule \w+:\n(?: +.*\n)*? +output: ([^,\s]+)", said, re.MULTILINE)
+    made = re.findall(r"(?ms)^Error in rule \w+:\n.*?^ +output: ([^,\s]+)", said)
     missing = [Path(path) for path in dict.fromkeys(made) if not (out / path).exists()]
     return ["evaluate" if path.parent == Path() else path.parent.as_posix() for path in missing]
 
