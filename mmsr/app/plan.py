@@ -127,10 +127,10 @@ def snakemake_command(plan: Path, out: Path, cores: int | None, profile: str = "
     command += ["--cores", str(cores or 2)] if cores or not profile else []
     return [*command, "--keep-going", "--rerun-incomplete", "--nolock"]
 
-
+# %% ../../nbs/8_app/04_plan.ipynb #6b1f0a1b
 def failed_steps(said: str, out: Path) -> list[str]:
     """List the steps that failed, by their folders, but for those that another try has done."""
-    made = re.findall(r"^Error in rule \w+:\n(?: +.*\n)*? +output: ([^,\s]+)", said, re.MULTILINE)
+    made = re.findall(r"(?ms)^Error in rule \w+:\n.*?^ +output: ([^,\s]+)", said)
     missing = [Path(path) for path in dict.fromkeys(made) if not (out / path).exists()]
     return ["evaluate" if path.parent == Path() else path.parent.as_posix() for path in missing]
 
