@@ -215,13 +215,13 @@ def _measure(settings: NodeSettings, parts: _Parts) -> None:
     ]
     for system, precision, batch in jobs:
         name = f"train {system}, {precision}, batch {batch}"
-        if name not in parts.rows and parts.left() > 10 * seconds:
+        if name not in parts.rows and parts.left() > 3 * seconds:
             with parts.part(name) as row, tempfile.TemporaryDirectory() as folder:
                 chosen = _chosen(settings, f"{folder}/run", batch, system, precision=precision)
                 row |= training_rate(chosen, seconds)
     for precision in precisions:
         name, side = f"super-resolve in {precision}", 64 if settings.small else 512
-        if name not in parts.rows and parts.left() > 10 * seconds:
+        if name not in parts.rows and parts.left() > 3 * seconds:
             with parts.part(name) as row:
                 row |= inference_rate(device, precision, seconds, side)
 

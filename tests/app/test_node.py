@@ -24,15 +24,15 @@ def parts(folder: Path) -> dict[str, dict[str, Any]]:
 def test_a_try_on_a_cpu(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Everything in small; then the same call goes on with the training and measures nothing."""
     out = tmp_path / "node"
-    for minutes in ("0.5", "2"):
+    for minutes in ("0.8", "2"):
         began = time.time()
         with pytest.raises(SystemExit) as ended:
             cli.main(["node", str(out), "--minutes", minutes, "--device", "cpu", "--small"])
         assert ended.value.code == 0
-        assert time.time() - began < 60 * float(minutes) + 30
+        assert time.time() - began < 60 * float(minutes) + 60
         said = capfd.readouterr()
         assert f"report: {out / 'node.html'}" in said.out
-        assert ("train SR-UNIT" in said.err) == (minutes == "0.5")
+        assert ("train SR-UNIT" in said.err) == (minutes == "0.8")
     rows = parts(out)
     assert not [row["failed"] for row in rows.values() if "failed" in row]
     trained = [row for name, row in rows.items() if name.startswith("train ")]
