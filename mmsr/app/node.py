@@ -160,8 +160,10 @@ class _Parts:
         self.file, self.end = Path(settings.out, "node.json"), time.time() + 60 * settings.minutes
         asked = settings.model_dump(include={"device", "small"})
         known = read_json(self.file) if self.file.exists() else {}
-        same = known.get("asked") == asked and known.get("environment") == environment()
-        self.rows: dict[str, dict[str, Any]] = known["parts"] if same else {}
+        kept = known["parts"] if known.get("asked") == asked else {}
+        if known.get("environment") != environment():  # measured anew, but a training goes on
+            kept = {name: row for name, row in kept.items() if name == "training"}
+        self.rows: dict[str, dict[str, Any]] = kept
         self.facts = {"asked": asked, "environment": environment()}
 
     def left(self) -> float:

@@ -116,7 +116,10 @@ _CLEAR, _END = 256, 257
 
 
 def _lzw_is_sound(packed: bytes) -> bool:
-    """Tell whether every code names an entry that is there; imagecodecs would read beyond memory."""
+    """Tell whether every code names an entry that is there (TIFF 6.0, Sec. 13).
+
+    If one does not, imagecodecs may read beyond its memory.
+    """
     data = np.pad(np.frombuffer(packed, np.uint8), (0, 2)).astype(np.int32)
     three, start = data[:-2] << 16 | data[1:-1] << 8 | data[2:], 0  # bytes, from each one on
     while count := int(np.searchsorted(start + _STARTS + _BITS, 8 * len(packed), "right")):

@@ -82,9 +82,12 @@ def test_a_measured_batch_is_taken_and_another_machine_measures_anew(
     monkeypatch.setattr(node, "product_rate", lambda *args: calls.append(args) or 2e12)
     use_node(settings)
     assert not calls
+    faster = {"system": "SR-CycleGAN", "precision": "32", "batch": 12, "samples/s": 99.0}
+    monkeypatch.setattr(node, "training_rate", lambda *args: faster)
     monkeypatch.setattr(node, "environment", lambda: {**node_environment, "device": "another"})
     use_node(settings)
     assert len(calls) == 1
+    assert parts(tmp_path)["training"]["values"] == values  # the training goes on as it was begun
 
 
 node_environment = node.environment()
