@@ -143,7 +143,10 @@ def _phantom_patient(settings: PrepareSettings, i: int) -> Case:
     made = clinical_case(seed, n_slices=settings.slices, size=settings.size)
     truth, regions = _known(made, settings.scale)
     mask = lung_mask(made.clinical)
-    return Case(f"patient-{i}", made.clinical, mask, "phantom", truth, regions, made.places)
+    case = Case(f"patient-{i}", made.clinical, mask, "phantom", truth, regions, made.places)
+    if settings.scale == SCALE:  # the tubes' places are those of this grid
+        case = case._replace(noiseless=made.noiseless, tubes=made.geometry)
+    return case
 
 
 def _known(made: PhantomCase, scale: int) -> tuple[Volume | None, dict[str, np.ndarray]]:

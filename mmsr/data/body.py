@@ -30,10 +30,9 @@ def labelled(mask: ndarray, neighbours: Literal[4, 6, 8, 26]) -> tuple[ndarray, 
     bits = mask.view(np.uint8)  # which takes less time than bool
     labels, n = cc3d.connected_components(bits, connectivity=neighbours, return_N=True)
     labels = labels.astype(np.min_scalar_type(n), copy=False)
-    planes = labels.reshape(-1, *labels.shape[-2:])  # one by one: counting makes 64-bit numbers
-    size = np.asarray(sum(np.bincount(plane.ravel(), minlength=n + 1) for plane in planes))
-    size[0] = 0
-    return labels, size
+    planes = (volume.reshape(-1, *volume.shape[-2:]) for volume in (labels, mask))
+    pairs = zip(*planes, strict=True)  # one by one: counting makes 64-bit numbers
+    return labels, np.asarray(sum(np.bincount(a[inside], minlength=n + 1) for a, inside in pairs))
 
 
 def depth_mm(mask: ndarray, spacing_mm: Sequence[float]) -> ndarray:
@@ -62,8 +61,8 @@ def coarsened(mask: ndarray, spacing_mm: Sequence[float]) -> tuple[ndarray, list
 
 def repeated(coarse: ndarray, steps: Sequence[int], shape: Sequence[int]) -> ndarray:
     """Repeat a coarse mask to the shape of the fine one."""
-    for axis, step in enumerate(steps):
-        coarse = coarse.repeat(step, axis)
+    for axis in reversed(range(len(steps))):  # the last one is slow: it comes while little is there
+        coarse = coarse.repeat(steps[axis], axis)
     return coarse[tuple(slice(n) for n in shape)]
 
 # %% ../../nbs/1_data/07_body.ipynb #82e594b9
@@ -72,12 +71,14 @@ _ROOM_HU = AIR_HU + 30  # the mean of a centimetre of the room's air is lower
 _FOAM_HU = -880.0  # foam is darker, and of one grey
 
 
-def outside_patient(array: ndarray, spacing_mm: Sequence[float], threshold_hu: float) -> ndarray:
-    """Return what lies outside the patient, found on a grid of about 2 mm."""
+def outside_patient(
+    array: ndarray, spacing_mm: Sequence[float], threshold_hu: float
+) -> tuple[ndarray, list[int]]:
+    """Find what lies outside the patient on a grid of about 2 mm; return it and the grid's steps."""
     dz, dy, dx = spacing_mm
     step = max(1, round(min(2 / max(dy, dx), min(array.shape[1:]) / 200)))
-    steps = max(1, round(2 / dz)), step, step
-    shape, array = array.shape, array[:: steps[0]]
+    steps = [max(1, round(2 / dz)), step, step]
+    array = array[:: steps[0]]
     rows, columns = (side // step * step for side in array.shape[1:])
     mean = np.zeros((len(array), rows // step, columns // step), np.int32)
     for k in range(step):
@@ -107,4 +108,4 @@ def outside_patient(array: ndarray, spacing_mm: Sequence[float], threshold_hu: f
             foam = middle < _FOAM_HU and (abs(grey - middle) < 12).mean() > 0.5
             if foam or (grey < _ROOM_HU).sum() >= 0.3 * seen.sum():  # with the room's air
                 outside[z] |= part & bare[z]
-    return repeated(np.pad(outside, [(0, 1)] * 3, "edge"), steps, shape)
+    return np.pad(outside, [(0, 1)] * 3, "edge"), steps

@@ -169,10 +169,14 @@ def _around(volume: Volume, slices: Slices | None) -> tuple[ndarray, slice]:
     return np.asarray(volume.array[start : start + number]), slice(first - start, last - start)
 
 
-def _mostly(region: ndarray, labels: ndarray, count: int) -> ndarray:
-    """Tell which labelled pieces lie mostly in a region; a sample of voxels is enough."""
-    region, labels = region[::2, ::4, ::4], labels[::2, ::4, ::4]
-    inside = np.bincount(labels[region], minlength=count)
+def _mostly(
+    coarse: ndarray, steps: list[int], box: tuple[slice, ...], labels: ndarray, count: int
+) -> ndarray:
+    """Tell which pieces, labelled in a box, lie mostly in a coarse region; a sample is enough."""
+    grid = zip(box, labels.shape, (2, 4, 4), steps, strict=True)
+    at = ((part.start + np.arange(0, side, k)) // step for part, side, k, step in grid)
+    labels = labels[::2, ::4, ::4]
+    inside = np.bincount(labels[coarse[np.ix_(*at)]], minlength=count)
     return np.asarray(2 * inside > np.bincount(labels.ravel(), minlength=count))
 
 # %% ../../nbs/1_data/08_masks.ipynb #7dedde31
@@ -222,14 +226,14 @@ def lung_mask(
     air, cut = _airlike(array, threshold_hu)
     pad = [int(closing_mm / step) + 2 for step in spacing]
     if air.any():
-        outside = body.outside_patient(array, spacing, threshold_hu)
+        outside, steps = body.outside_patient(array, spacing, threshold_hu)
         whole = body.box_around(air, pad)
         air, cut, array, inner = air[whole], cut[whole], array[whole], mask[whole]  # views
         airways = _widen(_airways(array, air, spacing), spacing, wall_mm)
         air[airways] = False
         labels, size = body.labelled(air, 6)
         del air
-        size[_mostly(outside[whole], labels, len(size))] = 0
+        size[_mostly(outside, steps, whole, labels, len(size))] = 0
         share = np.full(len(size), 0.1)
         share[labels[cut]] = 0.3  # a mattress is cut by the frame, too
         least = LUNG_MM2 / 5 / np.prod(spacing[1:]) * min(len(array), 5)

@@ -144,6 +144,7 @@ class Measures(NamedTuple):
     corr_clinical: float  # f(SR) against the input, in the lung
     corr_parenchyma: float  # the same in parenchyma
     hu_error: float  # mean |f(SR) − input| in the lung, HU
+    bias_hu: float  # mean f(SR) − input in the lung, HU
     corr_bronchi: float  # SR against the true HR slice near bronchi
     corr_detail: float  # fine part of SR against the true fine part, in the lung
     psnr_matched: float  # dB, after matching mean and sd, in the lung
@@ -157,7 +158,7 @@ class Measures(NamedTuple):
         text = (
             "{method}, data range {data_range:g} HU\n"
             "f(SR) ~ scan: r {corr_clinical:.3f} in the lung, {corr_parenchyma:.3f} in parenchyma, "
-            "{hu_error:.1f} HU apart\nSR ~ truth: r {corr_bronchi:.3f} near bronchi, "
+            "{hu_error:.1f} HU apart, {bias_hu:+.1f} HU on average\nSR ~ truth: r {corr_bronchi:.3f} near bronchi, "
             "{corr_detail:.3f} in fine detail, PSNR {psnr:.2f} dB, SSIM {ssim:.3f}\n"
             "texture: spectrum error {spectrum_error_db:.2f} dB, grid {grid_db:.2f} dB"
         )
@@ -223,12 +224,13 @@ def measure_slice(
     """
     lung, blocks, parenchyma, near = regions(masks, spacing_mm=spacing_mm, scale=scale)
     means = block_mean(sr_hu, scale)
-    error = np.abs(means - clinical_hu)[blocks]
+    error = (means - clinical_hu)[blocks]
     values: dict[str, Any] = dict.fromkeys(Measures._fields, float("nan"))
     values |= {"method": method, "tile": None, "data_range": data_range}
     values["corr_clinical"] = correlation(means, clinical_hu, blocks)
     values["corr_parenchyma"] = correlation(means, clinical_hu, parenchyma)
-    values["hu_error"] = float(error.mean()) if error.size else float("nan")
+    if error.size:
+        values["hu_error"], values["bias_hu"] = (float(e.mean()) for e in (abs(error), error))
     values["grid_db"] = grid_db(sr_hu, scale=scale, mask=lung)
     if truth_hu is not None:
         pair = _pair(sr_hu, truth_hu, data_range)

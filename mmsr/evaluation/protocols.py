@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SuperResolveSettings', 'EvaluateSettings', 'find_weights', 'lung_of', 'cases_to_super_resolve', 'measure', 'Model',
-           'open_models', 'columns_of', 'measure_case', 'describe_model']
+           'open_models', 'columns_of', 'Measured', 'measure_case', 'mean_measured', 'describe_model']
 
 # %% ../../nbs/7_evaluation/04_protocols.ipynb #5cdc6bb7
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,11 +14,13 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 import pydantic
 
-from ..core import GeometryError, Settings, read_json
+from ..core import GeometryError, Settings, SettingsError, fingerprint, read_json
 from ..data.masks import lung_mask
+from ..data.phantom_scans import PhantomCase
 from ..data.volume import Slices, Volume, enlarge_nearest, sr_geometry
 from ..data.windows import CLINICAL_WINDOW
 from .metrics import Measures, mean_measures, measure_slice
+from .structure import Structure, mean_structure, measure_structure
 from ..inference.two_grids import enlarge_bicubic
 from ..networks.weights import BUNDLED
 from ..scans.cases import Case, NonEmpty, paths_of, prepared_cases
@@ -182,10 +184,16 @@ def open_models(folders: Mapping[str, str], cases: Sequence[Case]) -> list[Model
         If a folder lacks a case.
     GeometryError
         If a volume does not lie on its input, `case.scale` pixels to one.
+    SettingsError
+        If a held-out case was in the training of a model.
     """
-    models = []
+    models, prints = [], {fingerprint(c.volume.array): c.name for c in cases if not c.seen}
     for label, folder in folders.items():
         facts, volumes = read_json(Path(folder, "done.json")), {}
+        for known, print_ in facts["weights"]["training"].get("cases", {}).items():
+            if print_ in prints:
+                leak = f"{prints[print_]} is {known} of its training; a test case must be new to it"
+                raise SettingsError(f"{label}: {leak} (held_out: 0 judges cases that were seen)")
         for case in cases:
             path = Path(folder, f"{case.name}.mha")
             # clinical reading would look for padding; with a scale of 2, pixels are large for µCT
@@ -204,18 +212,50 @@ def columns_of(case: Case, models: Sequence[Model]) -> dict[str, Volume | np.nda
     return columns | ({} if case.truth is None else {"truth": case.truth.array})
 
 
-def measure_case(case: Case, models: Sequence[Model]) -> list[Measures]:
-    """Measure each slice of a case under each method, baselines and truth included."""
+class Measured(NamedTuple):
+    """What was measured of a method on a case: means over its slices."""
+
+    case: str
+    measures: Measures
+    structure: Structure | None  # only a phantom's is known
+
+    def row(self) -> dict[str, Any]:
+        """Put all numbers beside each other, for a file."""
+        known = {} if self.structure is None else self.structure._asdict()
+        return {"case": self.case, **self.measures._asdict(), **known}
+
+
+def measure_case(case: Case, models: Sequence[Model]) -> list[Measured]:
+    """Measure a case under each method, baselines and truth included."""
     tiles = {model.label: model.facts["cases"][case.name]["tile"] for model in models}
+    volumes = {
+        name: np.stack([enlarge(low, case.scale) for low in case.volume.array])
+        for name, enlarge in (("nearest", enlarge_nearest), ("bicubic", enlarge_bicubic))
+    }
+    volumes |= {model.label: model.volumes[case.name] for model in models}
+    volumes |= {} if case.truth is None else {"truth": case.truth.array}
     rows = []
-    for z, low in enumerate(case.volume.array):
-        enlargements = {"nearest": enlarge_nearest, "bicubic": enlarge_bicubic}
-        images = {name: enlarge(low, case.scale) for name, enlarge in enlargements.items()}
-        images |= {model.label: model.volumes[case.name][z] for model in models}
-        images |= {} if case.truth is None else {"truth": case.truth.array[z]}
-        measured = (_measure(case, z, image, name) for name, image in images.items())
-        rows += [row._replace(tile=tiles.get(row.method)) for row in measured]
+    for name, volume in volumes.items():
+        measures = mean_measures([_measure(case, z, hu, name) for z, hu in enumerate(volume)])
+        measures = measures._replace(tile=tiles.get(name))
+        rows.append(Measured(case.name, measures, _structure(case, volume)))
     return rows
+
+
+def _structure(case: Case, volume: np.ndarray) -> Structure | None:
+    """Measure what a method's slices keep of a phantom's structure."""
+    if case.truth is None or case.noiseless is None:
+        return None
+    known = (case.truth, dict(case.regions), dict(case.places), list(case.tubes), case.noiseless)
+    phantom = PhantomCase(case.volume, *known)
+    return mean_structure([measure_structure(hu, phantom, z) for z, hu in enumerate(volume)])
+
+
+def mean_measured(rows: Sequence[Measured]) -> Measured:
+    """Average the rows of one method over cases that have the number."""
+    known = [row.structure for row in rows if row.structure is not None]
+    measures = mean_measures([row.measures for row in rows])
+    return Measured("all", measures, mean_structure(known) if known else None)
 
 # %% ../../nbs/7_evaluation/04_protocols.ipynb #575e0a4d
 def describe_model(model: Model) -> dict[str, Any]:

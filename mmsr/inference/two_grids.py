@@ -98,13 +98,16 @@ def keep_in_range(sr: Tensor, hu: Tensor, high: float) -> None:
     scale = sr.shape[2] // hu.shape[2]
     low = torch.where(hu < LEAST_HU, -F.max_pool2d(-hu, 3, 1, 1), LEAST_HU)
     most = torch.where(hu > high, F.max_pool2d(hu, 3, 1, 1), high)
-    cells = sr.view(*hu.shape[:3], scale, hu.shape[3], scale).transpose(3, 4)
-    wrong = (cells.amin((4, 5)) < low) | (cells.amax((4, 5)) > most)
-    blocks = cells[wrong].flatten(1)
-    mean, low, most = (one[wrong][:, None] for one in (hu, low, most))
-    a, b = low - blocks.amax(1, True), most - blocks.amin(1, True)
-    for _ in range(18):  # halve the interval of the constant, to less than 0.1 HU
-        middle = (a + b) / 2
-        short = (blocks + middle).clamp(low, most).mean(1, True) < mean
-        a, b = torch.where(short, middle, a), torch.where(short, b, middle)
-    cells[wrong] = (blocks + b).clamp(low, most).unflatten(1, (scale, scale))
+    cells = sr.view(*hu.shape[:3], scale, hu.shape[3], scale)
+    wrong = (cells.amin(3).amin(4) < low) | (cells.amax(3).amax(4) > most)
+    cells = cells.transpose(3, 4)
+    for some in wrong.nonzero().split(4096):  # which a cache holds
+        some = tuple(some.T)
+        blocks = cells[some].flatten(1)
+        mean, least, greatest = (one[some][:, None] for one in (hu, low, most))
+        a, b = least - blocks.amax(1, True), greatest - blocks.amin(1, True)
+        for _ in range(18):  # halve the interval of the constant, to less than 0.1 HU
+            middle = (a + b) / 2
+            short = (blocks + middle).clamp_(least, greatest).mean(1, True) < mean
+            a, b = torch.where(short, middle, a), torch.where(short, b, middle)
+        cells[some] = (blocks + b).clamp_(least, greatest).unflatten(1, (scale, scale))

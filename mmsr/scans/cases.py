@@ -9,7 +9,7 @@ __all__ = ['NonEmpty', 'Case', 'as_list', 'paths_of', 'save_case', 'open_case', 
 # %% ../../nbs/5_scans/20_cases.ipynb #820c2d94
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -17,6 +17,7 @@ import numpy as np
 import pydantic
 
 from ..core import FileError, Settings, SettingsError, atomic_write, read_json, write_json
+from ..data.phantom_scans import KnownTube
 from ..data.volume import Volume
 from ..data.windows import CLINICAL_WINDOW, Window
 from .read import read_volume
@@ -39,6 +40,8 @@ class Case(NamedTuple):
     seen: bool = False  # its patches are in the training bank
     scale: int = 8  # linear ratio of the SR grid, that of the truth, to the grid of `volume`
     window: Window = CLINICAL_WINDOW  # its grey scale
+    noiseless: Volume | None = None  # `volume` before the noise, phantom only
+    tubes: Sequence[KnownTube] = ()  # bronchi and vessels where they cross a slice, as built
 
 
 def as_list(value: str | list[str] | None) -> list[str]:
@@ -63,13 +66,15 @@ def save_case(folder: str | Path, case: Case) -> None:
     place.mkdir(parents=True, exist_ok=True)
     (place / "case.json").unlink(missing_ok=True)
     write_volume(place / "volume.mha", case.volume)
-    (place / "truth.mha").unlink(missing_ok=True)  # of an earlier case of this name
-    if case.truth is not None:
-        write_volume(place / "truth.mha", case.truth)
+    for name in ("truth", "noiseless"):
+        (place / f"{name}.mha").unlink(missing_ok=True)  # of an earlier case of this name
+        if (known := getattr(case, name)) is not None:
+            write_volume(place / f"{name}.mha", known)
     with atomic_write(place / "masks.npz") as temporary, open(temporary, "wb") as f:
         np.savez_compressed(f, allow_pickle=False, mask=case.mask, **case.regions)
-    facts = {"source": case.source, "seen": case.seen}
-    write_json(place / "case.json", {**facts, "places": dict(case.places), "scale": case.scale})
+    facts: dict[str, Any] = {"source": case.source, "seen": case.seen, "scale": case.scale}
+    facts |= {"places": dict(case.places), "tubes": list(case.tubes)}
+    write_json(place / "case.json", facts)
 
 
 def open_case(folder: str | Path) -> Case:
@@ -79,11 +84,14 @@ def open_case(folder: str | Path) -> Case:
         raise FileError(f"{place}: is not a prepared case; run the experiment `prepare` first")
     facts = read_json(place / "case.json")
     volume = read_volume(place / "volume.mha")
-    truth = read_volume(place / "truth.mha") if (place / "truth.mha").is_file() else None
+    known = {p.stem: p for n in ("truth", "noiseless") if (p := place / f"{n}.mha").is_file()}
     with np.load(place / "masks.npz") as masks:
         arrays = {name: masks[name] for name in masks.files}
     facts["places"] = {name: tuple(zyx) for name, zyx in facts["places"].items()}
-    return Case(place.name, volume, arrays.pop("mask"), truth=truth, regions=arrays, **facts)
+    tubes = facts.pop("tubes", [])  # of an older folder, none
+    facts["tubes"] = [KnownTube(k, tuple(at), tuple(axis), *mm) for k, at, axis, *mm in tubes]
+    facts |= {name: read_volume(path) for name, path in known.items()}
+    return Case(place.name, volume, arrays.pop("mask"), regions=arrays, **facts)
 
 # %% ../../nbs/5_scans/20_cases.ipynb #e69249b2
 class Prepared(Settings):

@@ -301,6 +301,7 @@ def model_card(run: TrainingRun, g1: G1) -> ModelCard:
     training["device"] = where if fabric.world_size == 1 else f"{fabric.world_size} x {where}"
     training["clinical_mm"] = sorted(map(list, {case.spacing_mm for case in x_bank.info.cases}))
     training["kernels"] = sorted({case.kernel for case in x_bank.info.cases} - {""})
+    training["cases"] = {case.name: case.fingerprint for case in x_bank.info.cases}
     return ModelCard(
         g1=g1.settings,
         clinical_window=dict(x_bank.info.window),

@@ -28,7 +28,8 @@ from mmsr.app.train import TrainSettings, launch_training, method_settings, trai
 from mmsr.core import FileError, MMSRError, ResourceError, SettingsError, ShapeError, read_json
 from mmsr.data.patches import open_bank
 from mmsr.data.sampling import split_cases
-from mmsr.evaluation.protocols import Model, columns_of, measure_case
+from mmsr.evaluation.protocols import Model, columns_of, measure_case, open_models
+from mmsr.evaluation.structure import Structure
 from mmsr.inference.two_grids import enlarge_bicubic
 from mmsr.networks.weights import load_generator
 from mmsr.scans.cases import open_case, prepared_cases, read_prepared
@@ -121,10 +122,25 @@ def test_metrics_are_finite(chain: Path) -> None:
         lacking = {name for name, value in row.items() if value is None}
         no_detail, no_error = {"corr_detail"}, {"psnr", "psnr_matched"}
         allowed = {"nearest": no_detail, "truth": no_error}.get(method, set()) | {"tile"}
+        allowed |= set(Structure._fields) - {"corr_noiseless", "noise_copied"}  # a phantom too small
         assert lacking <= allowed, (method, lacking)
     assert rows["truth"]["ssim"] == pytest.approx(1)
     assert rows["bicubic"]["psnr"] > rows["nearest"]["psnr"]
     assert (metrics["cases"], metrics["slices"]) == (["patient-1"], 1)
+    assert metrics["by_case"] == [{**row, "case": "patient-1"} for row in metrics["rows"]]
+
+
+@pytest.mark.slow
+def test_a_test_case_found_in_training(chain: Path) -> None:
+    """A scan that weights were trained on is known by its voxels, whatever it is called."""
+    settings = PrepareSettings(**read_prepared(chain / "prepare").settings, out="unused")
+    trained, held_out = clinical_cases(settings)
+    assert read_prepared(chain / "prepare").train == (trained.name,)
+    folders = {"mine": str(chain / "super_resolve" / MODELS[0])}
+    assert len(open_models(folders, [held_out])) == 1
+    leaked = held_out._replace(volume=trained.volume)
+    with pytest.raises(SettingsError, match="mine: patient-1 is patient-0 of its training"):
+        open_models(folders, [leaked])
 
 
 @pytest.mark.slow
@@ -644,7 +660,9 @@ def test_a_scale_without_truth() -> None:
     assert (case.scale, case.truth, dict(case.regions)) == (16, None, {})
     sr = enlarge_bicubic(case.volume.array[0], 16)[None]
     model = Model("same", {case.name: sr}, {"cases": {case.name: {"tile": None}}})
-    rows = {row.method: row for row in measure_case(case, [model])}
+    measured = measure_case(case, [model])
+    assert [row.structure for row in measured] == [None] * 3
+    rows = {row.measures.method: row.measures for row in measured}
     assert list(rows) == ["nearest", "bicubic", "same"]
     assert rows["same"].corr_clinical == rows["bicubic"].corr_clinical > 0.9
     assert math.isnan(rows["bicubic"].ssim)
