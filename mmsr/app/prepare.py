@@ -22,7 +22,7 @@ from ..data.masks import lung_mask, specimen_mask
 from ..data.patches import PatchBank, PatchCase, write_bank
 from ..data.phantom_scans import PhantomCase, clinical_case, micro_case
 from ..data.sampling import split_cases
-from ..data.volume import Volume, block_mean, resample_in_plane
+from ..data.volume import Volume, block_mean, resample_in_plane, sr_geometry
 from ..data.windows import CLINICAL_WINDOW, Window, micro_window
 from ..evaluation.protocols import lung_of
 from ..scans.cases import Case, NonEmpty, Prepared, as_list, clear_prepared, paths_of, save_case
@@ -37,7 +37,8 @@ class PrepareSettings(Settings):
     out : str
         Folder for the patch banks and the held-out cases.
     clinical, micro : str or list of str
-        ``"phantom"``, or one path for each case; ``${NAME}`` is read from the environment.
+        ``"phantom"``, or one path for each case; ``${NAME}`` is read from the environment. As
+        `clinical`, ``"downsampled"`` takes µCT averaged to clinical pixels, whose truth is known.
     clinical_mask, micro_mask : str or list of str, optional
         One mask for each scan; without it, lung and specimen are found by `lung_mask` and
         `specimen_mask` (R10).
@@ -97,7 +98,8 @@ class PrepareSettings(Settings):
     @pydantic.field_validator("held_out")
     @classmethod
     def _some_to_train_on(cls, value: int, info: pydantic.ValidationInfo) -> int:
-        scans = as_list(info.data.get("clinical"))
+        clinical, micro = (as_list(info.data.get(name)) for name in ("clinical", "micro"))
+        scans = micro if clinical == ["downsampled"] else clinical
         count = info.data.get("cases") if scans == ["phantom"] else len(scans)
         if count and value >= count:
             few = f"expected less than the number of clinical cases, {count}, so that one is left"
@@ -108,7 +110,8 @@ class PrepareSettings(Settings):
     @classmethod
     def _one_for_each_scan(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
         scans = as_list(info.data.get(str(info.field_name).removesuffix("_mask")))
-        if value and (scans == ["phantom"] or len(as_list(value)) != len(scans)):
+        made = scans in (["phantom"], ["downsampled"])
+        if value and (made or len(as_list(value)) != len(scans)):
             raise ValueError("expected one mask for each scan; none fits a phantom")
         return value
 
@@ -126,15 +129,19 @@ def clinical_cases(settings: PrepareSettings) -> list[Case]:
     window = Window(*given, "HU") if given else CLINICAL_WINDOW
     if settings.clinical == "phantom":
         cases = _phantoms(_phantom_patient, settings)
+    elif settings.clinical == "downsampled":
+        first = settings.cases if settings.micro == "phantom" else 0  # new ones, or those there are
+        cases = [_downsampled(settings, i, c) for i, c in enumerate(micro_cases(settings, first))]
     else:
         cases = [_patient(settings, i, path) for i, path in enumerate(paths_of(settings.clinical))]
     return [case._replace(scale=settings.scale, window=window) for case in cases]
 
 
-def _phantoms(make: Callable[..., Case], settings: PrepareSettings) -> list[Case]:
+def _phantoms(make: Callable[..., Case], settings: PrepareSettings, first: int = 0) -> list[Case]:
     """Make all phantoms of a modality, one in each thread."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda i: make(settings, i), range(settings.cases)))
+        numbers = range(first, first + settings.cases)
+        return list(pool.map(lambda i: make(settings, i), numbers))
 
 
 def _phantom_patient(settings: PrepareSettings, i: int) -> Case:
@@ -167,21 +174,41 @@ def _patient(settings: PrepareSettings, i: int, path: Path) -> Case:
     how: Any = {"reorient": settings.clinical_reorient}
     volume = read_volume(path, slices=slices, **how)
     mask = read_mask(masks[i], volume) if masks else lung_of(volume, path, slices, **how)
-    margin = 16
+    places = _sites(settings, i, path.name, mask)
+    return Case(f"patient-{i}", volume, mask, "patient data", places=places)
+
+
+def _sites(settings: PrepareSettings, i: int, name: str, mask: np.ndarray) -> dict[str, Any]:
+    """Choose three places in a lung, away from the border."""
+    margin = min(16, min(mask.shape[1:]) // 4)
     inner = mask[:, margin:-margin, margin:-margin]
     sites = np.flatnonzero(inner)
     if not sites.size:
-        raise ShapeError(f"{path.name}: no lung is {margin} pixels from the border; give more")
+        raise ShapeError(f"{name}: no lung is {margin} pixels from the border; give more")
     chosen = seeded(settings.seed, "sites", i).choice(sites, 3, replace=sites.size < 3)
     at = np.add(np.transpose(np.unravel_index(chosen, inner.shape)), (0, margin, margin))
-    places = {f"lung, site {n}": tuple(place) for n, place in enumerate(at.tolist(), 1)}
-    return Case(f"patient-{i}", volume, mask, "patient data", places=places)
+    return {f"lung, site {n}": tuple(place) for n, place in enumerate(at.tolist(), 1)}
+
+
+def _downsampled(settings: PrepareSettings, i: int, specimen: Case) -> Case:
+    """Average a specimen to clinical pixels, in HU: a scan whose truth is its own µCT."""
+    scale, (_, dy, dx) = settings.scale, specimen.volume.spacing_mm
+    rows, columns = (side // scale * scale for side in specimen.volume.array.shape[1:])
+    fine, mask = (a[:, :rows, :columns] for a in (specimen.volume.array, specimen.mask))
+    hu = np.rint(CLINICAL_WINDOW.from_unit(specimen.window.to_unit(fine))).astype(np.int16)
+    spacing = (specimen.volume.spacing_mm[0], dy * scale, dx * scale)
+    source = f"{'phantom' if specimen.source == 'phantom' else 'patient'} specimen, downsampled"
+    scan = Volume(np.rint(block_mean(hu, scale)).astype(np.int16), spacing, notes=(source,))
+    truth = Volume(hu, *sr_geometry(scan, scale), notes=(source,))
+    lung = block_mean(mask.astype(float), scale) >= 0.5
+    places = _sites(settings, i, specimen.name, lung)
+    return Case(specimen.name, scan, lung, source, truth, {"lung": mask}, places)
 
 # %% ../../nbs/8_app/02_prepare.ipynb #8abc5eba
-def micro_cases(settings: PrepareSettings) -> list[Case]:
+def micro_cases(settings: PrepareSettings, first: int = 0) -> list[Case]:
     """Make or read the µCT cases, with their specimen masks and grey scales (R7, R10, R11)."""
     if settings.micro == "phantom":
-        return _phantoms(_phantom_specimen, settings)
+        return _phantoms(_phantom_specimen, settings, first)
     return [_specimen(settings, i, path) for i, path in enumerate(paths_of(settings.micro))]
 
 
@@ -287,7 +314,9 @@ def prepare(settings: PrepareSettings | Mapping[str, Any]) -> PreparedData:
     clear_prepared(folder)  # its held-out cases may now be in training
     patient, specimen = patients[0], specimens[0]
     x_cases = [PatchCase(c.name, c.volume, c.mask) for c in patients if c.name in train]
-    y_cases = [PatchCase(c.name, c.volume, c.mask, c.window) for c in specimens]
+    unseen = test if held else ()  # of these no patch, in whichever modality
+    some = [c for c in specimens if c.name not in unseen]
+    y_cases = [PatchCase(c.name, c.volume, c.mask, c.window) for c in some]
     common: Any = {"per_case": settings.patches_per_case, "seed": settings.seed, "overwrite": True}
     side = settings.patch_size
     common |= {"modality": "clinical", "size": side, "window": patient.window}
