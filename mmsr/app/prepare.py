@@ -189,7 +189,7 @@ def _sites(settings: PrepareSettings, i: int, name: str, mask: np.ndarray) -> di
     at = np.add(np.transpose(np.unravel_index(chosen, inner.shape)), (0, margin, margin))
     return {f"lung, site {n}": tuple(place) for n, place in enumerate(at.tolist(), 1)}
 
-
+# %% ../../nbs/8_app/02_prepare.ipynb #adb4e279
 def _downsampled(settings: PrepareSettings, i: int, specimen: Case) -> Case:
     """Average a specimen to clinical pixels, in HU: a scan whose truth is its own µCT."""
     scale, (_, dy, dx) = settings.scale, specimen.volume.spacing_mm
@@ -303,25 +303,24 @@ def prepare(settings: PrepareSettings | Mapping[str, Any]) -> PreparedData:
     settings = PrepareSettings.read(dict(settings))
     folder = Path(settings.out)
     make_folder(folder)
-    patients, specimens = clinical_cases(settings), micro_cases(settings)
+    patients, held = clinical_cases(settings), settings.held_out
+    names = [case.name for case in patients]
+    train, test = split_cases(names, held_out=held, seed=settings.seed) if held else (names, names)
+    specimens = [c for c in micro_cases(settings) if not held or c.name not in test]
     for case, ratio in [(c, 1) for c in patients] + [(c, settings.scale) for c in specimens]:
         height, width = case.volume.array.shape[1:]
         if (fits := min(height, width) // ratio) < settings.patch_size:
             has = f"{case.name} has slices of {height} x {width} pixels, a patch is {ratio} times that"
             raise ShapeError(f"patch_size: {has}; take {fits} or less, got {settings.patch_size}")
-    names, held = [case.name for case in patients], settings.held_out
-    train, test = split_cases(names, held_out=held, seed=settings.seed) if held else (names, names)
     clear_prepared(folder)  # its held-out cases may now be in training
     patient, specimen = patients[0], specimens[0]
     x_cases = [PatchCase(c.name, c.volume, c.mask) for c in patients if c.name in train]
-    unseen = test if held else ()  # of these no patch, in whichever modality
-    some = [c for c in specimens if c.name not in unseen]
-    y_cases = [PatchCase(c.name, c.volume, c.mask, c.window) for c in some]
+    y_cases = [PatchCase(c.name, c.volume, c.mask, c.window) for c in specimens]
     common: Any = {"per_case": settings.patches_per_case, "seed": settings.seed, "overwrite": True}
-    side = settings.patch_size
-    common |= {"modality": "clinical", "size": side, "window": patient.window}
+    common |= {"modality": "clinical", "size": settings.patch_size, "window": patient.window}
     x_bank = write_bank(folder / "clinical", x_cases, **common)
-    common |= {"modality": "micro", "size": settings.scale * side, "window": specimen.window}
+    side = settings.scale * settings.patch_size
+    common |= {"modality": "micro", "size": side, "window": specimen.window}
     y_bank = write_bank(folder / "micro", y_cases, **common)
     for case in patients:
         if case.name in test:
