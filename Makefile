@@ -3,7 +3,7 @@ PYTHON ?= python3
 CORES  ?= 2
 BIN    := .venv/bin
 
-.PHONY: help setup hooks demo quick test nightly viewers lint lines check bench clean lab
+.PHONY: help setup hooks demo quick test coverage nightly viewers lint lines check bench evidence clean lab
 
 help:            ## list the targets
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -30,8 +30,11 @@ demo: setup      ## phantom -> training with and without the MMSR loss -> report
 quick: lint      ## style, types, structure, links, cheap pages and tests: under a minute
 	$(BIN)/python -m pytest -q -n $(CORES) -m "not slow"
 
-test: setup      ## every notebook and test, with the coverage of the package
-	$(BIN)/python -m pytest -n $(CORES) --cov --cov-report=term --cov-fail-under=90
+test: setup      ## every notebook and test
+	$(BIN)/python -m pytest -n $(CORES) $(PYTEST)
+
+coverage: PYTEST = --cov --cov-report=term --cov-fail-under=90
+coverage: test   ## the same, and which lines of the package they run: a quarter slower
 
 nightly: setup   ## hours: tests in full, slow cells, every page as in Jupyter, many kills, 1,000 broken scans, the largest files, the benchmarks
 	-$(MAKE) viewers
@@ -61,6 +64,11 @@ bench: setup     ## measure training, inference, writing and masks against peers
 	mkdir -p runs
 	for page in training_step inference preprocessing; do \
 	  $(BIN)/python -m papermill -k python3 --cwd nbs/benchmarks nbs/benchmarks/$$page.ipynb runs/$$page.ipynb || exit 1; done
+
+evidence: setup  ## numbers and pictures of the page "Does it work?" from the runs kept in nbs/results/evidence, about half an hour
+	MMSR_EVIDENCE="$(CURDIR)/nbs/results/evidence" $(BIN)/mmsr plan workflow/plans/kept_evidence.yaml --out runs/evidence --cores $(CORES)
+	$(BIN)/python workflow/keep_outputs.py runs/evidence
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/evidence.ipynb && $(BIN)/nbdev_clean --fname nbs/evidence.ipynb
 
 lab: setup       ## open the notebooks
 	$(BIN)/jupyter lab nbs
