@@ -66,8 +66,9 @@ bench: setup     ## measure training, inference, writing and masks against peers
 	  $(BIN)/python -m papermill -k python3 --cwd nbs/benchmarks nbs/benchmarks/$$page.ipynb runs/$$page.ipynb || exit 1; done
 
 evidence: setup  ## numbers and pictures of the page "Does it work?" from the runs kept in nbs/results/evidence, about half an hour
-	MMSR_EVIDENCE="$(CURDIR)/nbs/results/evidence" $(BIN)/mmsr plan workflow/plans/kept_evidence.yaml --out runs/evidence --cores $(CORES)
-	$(BIN)/python workflow/keep_outputs.py runs/evidence
+	for plan in kept_evidence downsampled; do \
+	  MMSR_EVIDENCE="$(CURDIR)/nbs/results/evidence" $(BIN)/mmsr plan workflow/plans/$$plan.yaml --out runs/$$plan --cores $(CORES) && \
+	  $(BIN)/python workflow/keep_outputs.py runs/$$plan || exit 1; done
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/evidence.ipynb && $(BIN)/nbdev_clean --fname nbs/evidence.ipynb
 
 lab: setup       ## open the notebooks

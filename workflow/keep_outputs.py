@@ -1,10 +1,10 @@
 """Keep what a finished plan showed: `python workflow/keep_outputs.py runs/demo`.
 
 Every plan leaves its numbers in nbs/results and its pictures in nbs/images, for the notebooks that
-show them; of the evidence each case is kept, and the pictures of the first seed alone. The demo also
-gives nbs/experiments their outputs, so that they can be read without running them (progress bars and
-the cell that papermill adds are left behind; pictures are packed to few greys or colours), and prints
-the table of the README.
+show them; of the evidence each case is kept, and one picture. The demo also gives nbs/experiments
+their outputs, so that they can be read without running them (progress bars and the cell that
+papermill adds are left behind; pictures are packed to few greys or colours), and prints the table
+of the README.
 """
 
 import base64
@@ -66,7 +66,7 @@ def keep_notebooks(run: Path, nbs: Path) -> None:
 
 def keep_numbers(run: Path, nbs: Path) -> list[dict]:
     """Write the table of a plan, with what was trained, to three significant digits."""
-    metrics, digits = read_json(run / "metrics.json"), 5 if run.name == "evidence" else 3
+    metrics, digits = read_json(run / "metrics.json"), 5 if run.name == "kept_evidence" else 3
     rows, by_case = (
         [
             {k: float(f"{v:.{digits}g}") if isinstance(v, float) else v for k, v in row.items()}
@@ -85,14 +85,14 @@ def keep_numbers(run: Path, nbs: Path) -> list[dict]:
             "torch": record.training["torch"].split("+")[0],
         }
     facts = {"cases": metrics["cases"], "slices": metrics["slices"], "trained": trained}
-    facts |= {"by_case": by_case} if run.name == "evidence" else {}
+    facts |= {"by_case": by_case} if run.name == "kept_evidence" else {}
     write_json(nbs / "results" / f"{run.name}.json", {**facts, "rows": rows})
     return rows
 
 
 def keep_pictures(run: Path, nbs: Path) -> None:
     """Put the figures of a plan, one below the other, into one picture."""
-    paths = sorted((run / "figures").glob("*.png"))
+    paths = sorted((run / "figures").glob("*.png"))[: 1 if run.name == "kept_evidence" else None]
     figures = [Image.open(path).convert("RGB") for path in paths]
     size = max(figure.width for figure in figures), sum(figure.height for figure in figures)
     together = Image.new("RGB", size, "white")

@@ -53,6 +53,17 @@ def test_the_evidence_plan_is_what_was_trained(kept: Path) -> None:
     assert method_of(plan, kept.parent.name) == as_called_today(read_json(kept)["settings"])
 
 
+def test_every_run_that_is_kept_is_judged() -> None:
+    """On the patients that the plan of its training holds out, and nothing else is judged."""
+    kept = sorted(path.parent.name for path in EVIDENCE.glob("*/weights.safetensors"))
+    judged, plan = read_yaml(PLANS / "kept_evidence.yaml"), read_yaml(PLANS / "evidence.yaml")
+    assert sorted(judged["weights"]) == kept
+    assert judged["prepare"] == plan["prepare"]
+    numbers = read_json(EVIDENCE.with_name("kept_evidence.json"))
+    assert {row["method"] for row in numbers["by_case"]} == {*kept, "nearest", "bicubic", "truth"}
+    assert len(numbers["cases"]) == plan["prepare"]["held_out"]
+
+
 def test_ablations_differ_in_one_thing() -> None:
     plan = read_yaml(PLANS / "ablation.yaml")
     reference, changed = method_of(plan, "reference"), set()
