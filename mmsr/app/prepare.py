@@ -38,7 +38,8 @@ class PrepareSettings(Settings):
         Folder for the patch banks and the held-out cases.
     clinical, micro : str or list of str
         ``"phantom"``, or one path for each case; ``${NAME}`` is read from the environment. As
-        `clinical`, ``"downsampled"`` takes µCT averaged to clinical pixels, whose truth is known.
+        `clinical`, ``"downsampled"`` takes µCT averaged to clinical pixels, whose truth is known;
+        a list of ``"phantom"`` and paths trains on both and holds out phantoms.
     clinical_mask, micro_mask : str or list of str, optional
         One mask for each scan; without it, lung and specimen are found by `lung_mask` and
         `specimen_mask` (R10).
@@ -100,7 +101,7 @@ class PrepareSettings(Settings):
     def _some_to_train_on(cls, value: int, info: pydantic.ValidationInfo) -> int:
         clinical, micro = (as_list(info.data.get(name)) for name in ("clinical", "micro"))
         scans = micro if clinical == ["downsampled"] else clinical
-        count = info.data.get("cases") if scans == ["phantom"] else len(scans)
+        count = info.data.get("cases") if "phantom" in scans else len(scans)
         if count and value >= count:
             few = f"expected less than the number of clinical cases, {count}, so that one is left"
             raise ValueError(f"{few} for training; 0 evaluates on cases seen in training")
@@ -110,7 +111,7 @@ class PrepareSettings(Settings):
     @classmethod
     def _one_for_each_scan(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
         scans = as_list(info.data.get(str(info.field_name).removesuffix("_mask")))
-        made = scans in (["phantom"], ["downsampled"])
+        made = {"phantom", "downsampled"} & set(scans)
         if value and (made or len(as_list(value)) != len(scans)):
             raise ValueError("expected one mask for each scan; none fits a phantom")
         return value
@@ -127,13 +128,14 @@ def clinical_cases(settings: PrepareSettings) -> list[Case]:
     """Make or read the clinical cases, with their lung masks (R10)."""
     given = settings.clinical_window
     window = Window(*given, "HU") if given else CLINICAL_WINDOW
-    if settings.clinical == "phantom":
-        cases = _phantoms(_phantom_patient, settings)
-    elif settings.clinical == "downsampled":
+    if settings.clinical == "downsampled":
         first = settings.cases if settings.micro == "phantom" else 0  # new ones, or those there are
         cases = [_downsampled(settings, i, c) for i, c in enumerate(micro_cases(settings, first))]
     else:
-        cases = [_patient(settings, i, path) for i, path in enumerate(paths_of(settings.clinical))]
+        scans = as_list(settings.clinical)
+        cases = _phantoms(_phantom_patient, settings) if "phantom" in scans else []
+        paths = paths_of([scan for scan in scans if scan != "phantom"])
+        cases += [_patient(settings, i, path) for i, path in enumerate(paths, len(cases))]
     return [case._replace(scale=settings.scale, window=window) for case in cases]
 
 
@@ -304,8 +306,9 @@ def prepare(settings: PrepareSettings | Mapping[str, Any]) -> PreparedData:
     folder = Path(settings.out)
     make_folder(folder)
     patients, held = clinical_cases(settings), settings.held_out
-    names = [case.name for case in patients]
+    names = [case.name for case in patients if case.source == patients[0].source]
     train, test = split_cases(names, held_out=held, seed=settings.seed) if held else (names, names)
+    train = [case.name for case in patients if case.name not in names or case.name in train]
     specimens = [c for c in micro_cases(settings) if not held or c.name not in test]
     for case, ratio in [(c, 1) for c in patients] + [(c, settings.scale) for c in specimens]:
         height, width = case.volume.array.shape[1:]
@@ -329,7 +332,7 @@ def prepare(settings: PrepareSettings | Mapping[str, Any]) -> PreparedData:
     clinical_mm, micro_mm = patient.volume.spacing_mm[1], specimen.volume.spacing_mm[1]
     record = Prepared(
         settings={k: v for k, v in settings.model_dump(mode="json").items() if k != "out"},
-        data=f"{patient.source} (clinical), {specimen.source} (µCT)",
+        data=_sources(patients, specimens),
         windows={name: window.to_dict() for name, window in windows.items()},
         pixels_mm={"clinical": clinical_mm, "sr": clinical_mm / settings.scale, "micro": micro_mm},
         train=train,
@@ -353,7 +356,7 @@ def mask_figure(made: PreparedData) -> Any:
         panels += [grey, np.where(case.mask[z], grey, 1)]
         steps += [case.volume.spacing_mm[1]] * 2
     names = ["clinical CT", "its lung", "µCT", "its specimen"]
-    return show_patches(panels, names, window=(-1, 1), spacing_mm=steps, suptitle=_sources(made))
+    return show_patches(panels, names, window=(-1, 1), spacing_mm=steps, suptitle=made.record.data)
 
 
 def patch_figure(made: PreparedData) -> Any:
@@ -363,10 +366,12 @@ def patch_figure(made: PreparedData) -> Any:
         panels += [*bank.unit(np.linspace(0, len(bank.patches) - 1, 4).astype(int))]
         steps += [bank.info.spacing_mm[1]] * 4
     names = ["clinical"] * 4 + ["µCT"] * 4
-    title = f"patches of both domains: {_sources(made)}; not of the same place"
+    title = f"patches of both domains: {made.record.data}; not of the same place"
     how: Any = {"window": (-1, 1), "spacing_mm": steps, "suptitle": title}
     return show_patches(panels, names, size_in=2.2, **how)
 
 
-def _sources(made: PreparedData) -> str:
-    return f"{made.patients[0].source}, {made.specimens[0].source} (µCT)"
+def _sources(patients: list[Case], specimens: list[Case]) -> str:
+    """Say whose data these are."""
+    of_patients = " and ".join(dict.fromkeys(case.source for case in patients))
+    return f"{of_patients} (clinical), {specimens[0].source} (µCT)"
