@@ -1,8 +1,8 @@
 # The door: what `import mmsr` offers, and where each name lives (read by editors and at run time).
-from .app.prepare import PrepareSettings as PrepareSettings
 from .app.prepare import prepare as prepare
 from .app.train import TrainSettings as TrainSettings
 from .app.train import train as train
+from .app.training_cases import PrepareSettings as PrepareSettings
 from .core import MMSRError as MMSRError
 from .core import show_patches as show_patches
 from .data.masks import lung_mask as lung_mask

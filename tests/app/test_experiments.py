@@ -22,9 +22,10 @@ import yaml
 
 from mmsr.app import cli
 from mmsr.app.plan import check_plan, snakemake_command
-from mmsr.app.prepare import PrepareSettings, clinical_cases, prepare
+from mmsr.app.prepare import prepare
 from mmsr.app.run_notebook import run_experiment
 from mmsr.app.train import TrainSettings, launch_training, method_settings, train
+from mmsr.app.training_cases import PrepareSettings, clinical_cases
 from mmsr.core import FileError, MMSRError, ResourceError, SettingsError, ShapeError, read_json
 from mmsr.data.patches import open_bank
 from mmsr.data.sampling import split_cases

@@ -13,7 +13,7 @@ from IPython.core.interactiveshell import InteractiveShell
 
 from mmsr.app import cli
 from mmsr.app.plan import check_plan
-from mmsr.app.prepare import PrepareSettings, prepare
+from mmsr.app.prepare import prepare
 from mmsr.app.run_notebook import (
     declared_types,
     find_experiment,
@@ -23,6 +23,7 @@ from mmsr.app.run_notebook import (
     values_by_type,
 )
 from mmsr.app.train import TrainSettings, train
+from mmsr.app.training_cases import PrepareSettings
 from mmsr.core import MMSRError, Settings, SettingsError, ShapeError, seeded
 from mmsr.data.volume import Volume
 from mmsr.evaluation.protocols import EvaluateSettings, SuperResolveSettings

@@ -17,7 +17,7 @@ import tifffile
 from dicom_maker import chest, refused, series
 from PIL import Image
 
-from mmsr.app.prepare import PrepareSettings, micro_cases
+from mmsr.app.training_cases import PrepareSettings, micro_cases
 from mmsr.core import FileError, GeometryError, MMSRError, ResourceError, ShapeError
 from mmsr.data.patches import PatchCase, open_bank, write_bank
 from mmsr.data.volume import Volume

@@ -36,7 +36,8 @@ from test_dicom import enhanced
 from test_reading import saved, zarr_of_others
 
 from mmsr.app import cli
-from mmsr.app.prepare import PrepareSettings, micro_cases, prepare
+from mmsr.app.prepare import prepare
+from mmsr.app.training_cases import PrepareSettings, micro_cases
 from mmsr.core import MMSRError, seeded
 from mmsr.data.volume import Volume
 from mmsr.scans.read import read_volume
