@@ -21,7 +21,6 @@ from ..inference.sr_slices import SRInputs, SROptions, checked, run_slices
 from ..networks.weights import load_generator, of_older_files
 from ..scans.cases import Case, NonEmpty, paths_of, prepared_cases
 from ..scans.read import read_volume
-from ..training.distributed import choose_device
 from ..training.settings import Baseline, Preset
 from ..training.sr_cyclegan import SRCycleGANSettings, cyclegan_settings
 from ..training.sr_unit import SRUNITSettings, unit_settings
@@ -53,9 +52,10 @@ def system_settings(system: str, chosen: DiagramSettings) -> Method:
     if not path.exists():
         wanted = f"{', '.join(PAPERS_SYSTEMS)}, or a run's folder, config.json or weights"
         raise SettingsError(f"systems: expected {wanted}, got {system!r}")
-    path = path / "config.json" if path.is_dir() else path
-    weights = path.suffix == ".safetensors"
-    record = load_generator(path)[1].training if weights else read_json(path)
+    if path.suffix == ".safetensors":
+        record = load_generator(path)[1].training
+    else:
+        record = read_json(path / "config.json" if path.is_dir() else path)
     found = record.get("settings") if isinstance(record, Mapping) else None
     if not isinstance(found, Mapping):
         raise FileError(f"{path}: holds no settings of a training")
@@ -98,25 +98,23 @@ def cases_to_draw(settings: PanelSettings) -> list[Case]:
     if settings.prepared is not None:
         return prepared_cases(settings.prepared)
     volume = read_volume(paths_of(settings.scan)[0], lazy=True)
-    known: Any = {"places": settings.places, "scale": settings.scale}
-    return [Case("scan", volume, np.broadcast_to(True, volume.shape), "patient data", **known)]
+    case = Case("scan", volume, np.broadcast_to(True, volume.shape), "patient data")
+    return [case._replace(places=settings.places, scale=settings.scale)]
 
 
 def at_places(case: Case, rows: Sequence[str] = ()) -> tuple[Case, list[int]]:
     """Keep the slices that hold a place, of all or of those wanted; number them in the whole case."""
-    for name in rows:
-        if name not in case.places:
-            known = ", ".join(case.places)
-            raise SettingsError(f"rows: expected places of {case.name}: {known}; got {name!r}")
+    if unknown := [name for name in rows if name not in case.places]:
+        known = ", ".join(case.places)
+        raise SettingsError(f"rows: expected places of {case.name}: {known}; got {unknown[0]!r}")
     places = {name: case.places[name] for name in rows or in_papers_order(case.places)}
     for name, at in places.items():
         if any(not 0 <= i < n for i, n in zip(at, case.volume.shape, strict=True)):
             wanted = f"expected z, y, x within {case.volume.shape}"
             raise ShapeError(f"places.{name}: {wanted} of {case.name}, got {tuple(at)}")
     chosen = sorted({z for z, _, _ in places.values()})
-    array = np.stack([np.asarray(case.volume.array[z]) for z in chosen])
     few = case._replace(
-        volume=case.volume._replace(array=array),
+        volume=case.volume._replace(array=np.stack([case.volume.array[z] for z in chosen])),
         mask=case.mask[chosen],
         truth=case.truth and case.truth._replace(array=case.truth.array[chosen]),
         regions={name: region[chosen] for name, region in case.regions.items()},
@@ -126,7 +124,7 @@ def at_places(case: Case, rows: Sequence[str] = ()) -> tuple[Case, list[int]]:
 
 # %% ../../nbs/7_evaluation/07_paper_figures.ipynb #e4cccca5
 def column_of(
-    label: str, path: str, case: Case, rows: Sequence[str] = (), device: str = "cpu"
+    label: str, path: str, case: Case, rows: Sequence[str] = (), options: SROptions | None = None
 ) -> Model:
     """Super-resolve the slices with places by a weights file, or take them from a folder."""
     few, chosen = at_places(case, rows)
@@ -139,12 +137,11 @@ def column_of(
         raise SettingsError(f"models.{label}: {scales}; take other weights")
 
     def lung() -> np.ndarray:
-        if not few.mask.all():
+        if not few.mask.all():  # of a scan nobody has said where its lung is
             return few.mask
-        span = (chosen[0], chosen[-1] + 1)
-        return lung_mask(case.volume, slices=span)[np.subtract(chosen, span[0])]
+        found = lung_mask(case.volume, slices=(chosen[0], chosen[-1] + 1))
+        return found[np.subtract(chosen, chosen[0])]
 
-    options = SROptions(device=str(choose_device(device)))
-    job = checked(SRInputs(few.volume, g1, card, options), lung)
+    job = checked(SRInputs(few.volume, g1, card, options or SROptions()), lung)
     sr = np.stack([one.sr for one in run_slices(job, range(len(chosen)))])
     return Model(label, {case.name: sr}, {"weights": card.model_dump(mode="json")})
