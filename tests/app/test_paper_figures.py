@@ -106,6 +106,24 @@ def test_blocks_that_are_alike_are_one_box_with_a_number(diagram: dict[str, Any]
         )
 
 
+class Own(nn.Module):
+    """A generator of one's own, of layers that the package has not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.turn = nn.Conv2d(1, 4, 5, padding=2), nn.Hardswish()
+        self.last, self.shuffle = nn.Conv2d(4, 64, 3, padding=1), nn.PixelShuffle(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.shuffle(self.last(self.turn(self.head(x)))))
+
+
+def test_a_generator_of_ones_own_is_drawn(diagram: dict[str, Any]) -> None:
+    head, last = (box for _, box in diagram["walk"]({"own": Own()}, torch.zeros(1, 1, 16, 16)))
+    assert (head.parts, head.inputs, head.channels) == (("5×5", "Hardswish"), 1, 4)
+    assert (last.parts, last.channels, last.size) == (("3×3", "PixelShuffle"), 1, (128, 128))
+
+
 @pytest.mark.parametrize("name", ["structure_x", "structure_y", "down", "up"])
 def test_another_weight_is_another_drawing(diagram: dict[str, Any], name: str) -> None:
     before, settings = diagram["drawn"][0], cyclegan_settings("default", {"mmsr": {name: 0.375}})
@@ -196,7 +214,7 @@ def test_what_cannot_be_drawn(tmp_path: Path) -> None:
             SettingsError,
             "systems: expected SR-CycleGAN, .*'SR-Cyclegan'",
         ),
-        ({"systems": [str(tmp_path)]}, FileError, r"config\.json: holds no settings"),
+        ({"systems": [str(tmp_path)]}, FileError, "holds no settings of a training"),
         ({"systems": [str(tmp_path / "none")]}, SettingsError, "systems: expected"),
         ({"preset": "paper"}, ShapeError, "patch_size: 16 does not suit D_X"),
         ({"settings": {"stepss": 3}}, SettingsError, "stepss"),
@@ -270,12 +288,11 @@ def test_of_a_scan_only_slices_with_a_place_are_made(
     (made,) = seen
     assert np.array_equal(made, read_volume(scan).array[[1, 4]])
     shown = names["shown"]["scan"]
-    assert list(shown["rows"]) == ["bronchus", "vessel"]
+    assert list(shown["rows"]) == ["vessel", "bronchus"]  # as they were given
     assert shown["columns"] == ["clinical CT", "bicubic", "SR-UNIT"]  # there is no truth
     assert shown["title"] == "scan: patient data"
     assert "there is no truth" in shown["warning"]
-    drawn = names["picture"].axes[2 * 3 // 2]  # second row, the scan itself
-    assert drawn.get_ylabel() == "vessel"
+    assert [ax.get_ylabel() for ax in names["picture"].axes[::3]] == ["vessel", "bronchus"]
     assert read_json(tmp_path / "figures_2_3.json")["scan"]["rows"]["vessel"] == [4, 10, 11]
 
 
