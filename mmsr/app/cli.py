@@ -195,7 +195,7 @@ def info(
 # %% ../../nbs/8_app/08_cli.ipynb #aef0f743
 @app.command(short_help="Run an experiment, with papermill or plain.")
 def run(
-    experiment: Annotated[str, Argument(help="prepare, train, super_resolve, evaluate, or a file")],
+    experiment: Annotated[str, Argument(help="prepare, train, evaluate, figure_1 …, or a file")],
     out: Annotated[Path | None, Option(help="the executed notebook")] = None,
     parameter: Annotated[list[str] | None, Option("--parameter", "-p", help="NAME=VALUE")] = None,
     values: Annotated[str, Option("--json", help="parameters as one JSON object")] = "{}",

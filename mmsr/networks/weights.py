@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GENERATORS', 'AnyG2Network', 'G2_NETWORKS', 'AnyG1', 'AnyG2', 'RECORD_KEY', 'BUNDLED', 'build_g1', 'build_g2',
-           'ModelCard', 'save_generator', 'load_generator']
+           'of_older_files', 'ModelCard', 'save_generator', 'load_generator']
 
 # %% ../../nbs/2_networks/05_weights.ipynb #67d30c65
 import json
@@ -97,7 +97,7 @@ RECORD_KEY = "mmsr"  # one key only: with several, safetensors would write them 
 BUNDLED = Path(mmsr.__file__).parent / "weights" / "phantom.safetensors"  # come with the package
 
 
-def _of_older_files(g1: Any) -> Any:
+def of_older_files(g1: Any) -> Any:
     """Say the kind as it is called today; files of before there were kinds name none."""
     if isinstance(g1, Mapping) and str(g1.get("kind")) in _RENAMED:
         return {**g1, "kind": _RENAMED[str(g1["kind"])]}
@@ -127,7 +127,7 @@ class ModelCard(Settings):
         That this is for research only.
     """
 
-    g1: Annotated[AnyG1, pydantic.BeforeValidator(_of_older_files)]
+    g1: Annotated[AnyG1, pydantic.BeforeValidator(of_older_files)]
     clinical_window: dict[str, Any]
     micro_window: dict[str, Any]
     method: str

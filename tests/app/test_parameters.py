@@ -26,6 +26,7 @@ from mmsr.app.train import TrainSettings, train
 from mmsr.app.training_cases import PrepareSettings
 from mmsr.core import MMSRError, Settings, SettingsError, ShapeError, seeded
 from mmsr.data.volume import Volume
+from mmsr.evaluation.paper_figures import DiagramSettings, PanelSettings
 from mmsr.evaluation.protocols import EvaluateSettings, SuperResolveSettings
 from mmsr.scans.write import write_volume
 from mmsr.training.run_folder import locked
@@ -37,6 +38,8 @@ KINDS: dict[str, type[Settings]] = {
     "train": TrainSettings,
     "super_resolve": SuperResolveSettings,
     "evaluate": EvaluateSettings,
+    "figure_1": DiagramSettings,
+    "figures_2_3": PanelSettings,
 }
 TINY = Path(__file__).parent / "plans" / "tiny.yaml"
 
@@ -189,6 +192,8 @@ def test_experiments_run_again_in_the_same_kernel(
         "train": {"settings": small, "device": "cpu"},
         "super_resolve": {"prepared": "runs/prepare", "weights": "runs/train/weights.safetensors"},
         "evaluate": {"models": {"a": "runs/super_resolve"}},
+        "figure_1": {"systems": ["runs/train"]},
+        "figures_2_3": {"prepared": "runs/prepare", "models": {"a": "runs/super_resolve"}},
     }
     for name, values in jobs.items():
         shell.reset(new_session=False)
