@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-# The node promises more than it has, two GPUs among it, so that jobs ask for what they would elsewhere.
+# The node promises more than it has, as two GPUs, so that jobs ask for what they would elsewhere.
 # Nothing is kept of jobs but what slurmctld remembers: no accounting, as in many small clusters.
 CONFIGURATION = """ClusterName=test
 SlurmctldHost=localhost(127.0.0.1)

@@ -1,13 +1,12 @@
 """Plans on a real Slurm of one node: what is killed goes on, and what is done stays done."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -139,7 +138,8 @@ def test_whatever_is_killed_the_plan_goes_on(tmp_path: Path, slurm: SlurmNode) -
         wait_for(lambda: all(path.exists() for path in steps.values()) or job.poll() is not None)
         assert job.poll() is None, plan.said.read_text()
         asked = slurm.ask("squeue", "--noheader", "--format=%C %m %l")
-        assert asked and set(asked.splitlines()) == {"4 8000M 1-00:00:00"}
+        assert asked
+        assert set(asked.splitlines()) == {"4 8000M 1-00:00:00"}
         assert plan.states()[""].endswith(": at work; models: 2 running")
 
         slurm.daemons["slurmd"].kill()
@@ -168,7 +168,8 @@ def test_whatever_is_killed_the_plan_goes_on(tmp_path: Path, slurm: SlurmNode) -
         job.wait(LIMIT_S)
     assert job.returncode == 0, plan.said.read_text()
     states = slurm.ask("squeue", "--states=all", "--noheader", f"--jobs={','.join(left)}", "-o%T")
-    assert states and set(states.splitlines()) == {"CANCELLED"}
+    assert states
+    assert set(states.splitlines()) == {"CANCELLED"}
     tries = [line.split() for line in calls.read_text().splitlines()]
     once = [experiment for experiment, *_ in tries if experiment != "train"]
     assert once == ["prepare", "super_resolve", "super_resolve", "evaluate"]
@@ -182,4 +183,103 @@ def test_whatever_is_killed_the_plan_goes_on(tmp_path: Path, slurm: SlurmNode) -
     assert gpus == {"prepare": {"none"}, "super_resolve": {"0", "1"}, "evaluate": {"none"}}
     assert {gpu for experiment, _, _, gpu in tries if experiment == "train"} == {"0", "1"}
     assert set(plan.states().values()) >= {"done"}
+    assert dry_run(plan.file, plan.out, None, str(plan.profile)) == ["nothing is to be done"]
+
+
+# Kernels tell from which checkpoint they begin; trainings are slow until they are let go.
+SLOW = """
+from pathlib import Path
+if "ipykernel_launcher" in sys.orig_argv:
+    import time
+    import torch
+    backward = torch.Tensor.backward
+    def slowly(*values, **more):
+        time.sleep(0 if Path("go").exists() or Path("../../go").exists() else 0.5)
+        return backward(*values, **more)
+    torch.Tensor.backward = slowly
+"""
+
+
+def processes_of(job: str) -> list[int]:
+    """Find the processes of a job of Slurm."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if f"\0SLURM_JOB_ID={job}\0".encode() in b"\0" + (place / "environ").read_bytes():
+                found.append(int(place.name))
+    return found
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1500)
+def test_trainings_go_on_from_their_checkpoints(tmp_path: Path, slurm: SlurmNode) -> None:
+    """A kernel is killed, a training's time is up, the node's power is cut, Snakemake is killed."""
+    settings = yaml.safe_load(TINY.read_text())["train"]["with-mmsr"]["settings"]
+    settings |= {"steps": 120, "checkpoint_every": 2, "history_every": 1}
+    train = {name: {"settings": settings} for name in ("killed", "told")}
+    plan = Plan(tmp_path, slurm, {"train": train, "retries": 2}, IMPATIENT + SLOW)
+    place = {name: plan.out / "train" / name for name in train}
+
+    def last_step(name: str) -> int:
+        found = list_checkpoints(place[name] / "checkpoints")
+        return max((int(path.stem.partition("-")[2]) for path in found), default=0)
+
+    def wait_for_steps(job: subprocess.Popen[bytes]) -> None:
+        """Wait until both trainings have saved more than they had."""
+        had = {name: last_step(name) for name in train}
+        wait_for(lambda: job.poll() is not None or all(last_step(n) > had[n] for n in train), 600)
+        assert job.poll() is None, plan.said.read_text()
+
+    with plan.called() as job:
+        wait_for_steps(job)
+        prepared = (plan.out / "prepare" / "prepared.json").stat()
+        (killed,), (told,) = plan.jobs("train_wildcards_killed"), plan.jobs("train_wildcards_told")
+        for process in processes_of(killed):
+            if b"ipykernel" in Path(f"/proc/{process}/cmdline").read_bytes():
+                os.kill(process, signal.SIGKILL)
+        slurm.ask("scancel", "--signal=TERM", told)  # as Slurm says before the time is up
+        wait_for(
+            lambda: (
+                not {killed, told}
+                & {*plan.jobs("train_wildcards_killed"), *plan.jobs("train_wildcards_told")}
+            )
+        )
+        wait_for_steps(job)
+
+        jobs = plan.jobs("train_wildcards_killed") + plan.jobs("train_wildcards_told")
+        slurm.daemons["slurmd"].kill()
+        slurm.daemons["slurmd"].wait()
+        for process in [process for one in jobs for process in processes_of(one)]:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        slurm.start_slurmd()
+        wait_for_steps(job)
+        assert set(plan.jobs("train_wildcards_killed") + plan.jobs("train_wildcards_told")) == {
+            *jobs
+        }
+
+        os.kill(plan.snakemake(job), signal.SIGKILL)
+        job.wait(30)
+    states = plan.states()
+    assert states[""].endswith(": jobs are at work, but no `mmsr plan`; models: 2 running")
+    assert states["prepare"] == "done"
+
+    reached = {name: last_step(name) for name in train}
+    with plan.called() as job:
+        wait_for(
+            lambda: (
+                job.poll() is not None
+                or not {*jobs}
+                & {*plan.jobs("train_wildcards_killed"), *plan.jobs("train_wildcards_told")}
+            )
+        )
+        assert all(last_step(name) >= reached[name] > 0 for name in train)
+        (plan.out / "go").touch()
+        job.wait(900)
+    assert job.returncode == 0, plan.said.read_text()
+    assert (plan.out / "prepare" / "prepared.json").stat().st_mtime_ns == prepared.st_mtime_ns
+    for folder in place.values():
+        assert read_history(folder / "history.csv")["step"] == list(range(1, 121))
+        assert load_generator(folder / "weights.safetensors")[1].training["steps"] == 120
+    assert plan.states()[""].endswith(": nobody is at work; models: 2 done")
     assert dry_run(plan.file, plan.out, None, str(plan.profile)) == ["nothing is to be done"]
