@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 # The node promises more than it has, as two GPUs, so that jobs ask for what they would elsewhere.
 # Nothing is kept of jobs but what slurmctld remembers: no accounting, as in many small clusters.
 CONFIGURATION = """ClusterName=test
@@ -99,6 +101,20 @@ class SlurmNode:
         assert not (check and done.returncode), done.stderr
         return None if done.returncode else done.stdout.strip()
 
+    def processes(self, *jobs: str) -> list[psutil.Process]:
+        """Find the processes of jobs, or of all jobs; first those that watch over them."""
+        watching, found = set(), []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                variables, watches = process.environ(), process.name() == "slurmstepd"
+                if variables.get("SLURM_CONF") != self.environment["SLURM_CONF"]:
+                    continue
+                job = variables.get("SLURM_JOB_ID")
+                if job in jobs or (not jobs and (job or watches)):
+                    found.append(process)
+                    watching |= {one for one in process.parents() if one.name() == "slurmstepd"}
+        return [*watching, *found]
+
     def __enter__(self) -> "SlurmNode":
         self.start("slurmctld")
         try:
@@ -109,8 +125,9 @@ class SlurmNode:
         return self
 
     def __exit__(self, *error: object) -> None:
-        with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
-            self.ask("scancel", "--me", check=False)
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         for daemon in self.daemons.values():
             daemon.terminate()
         for daemon in self.daemons.values():

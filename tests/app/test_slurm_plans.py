@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from slurm_node import SlurmNode
@@ -186,7 +187,7 @@ def test_whatever_is_killed_the_plan_goes_on(tmp_path: Path, slurm: SlurmNode) -
     assert dry_run(plan.file, plan.out, None, str(plan.profile)) == ["nothing is to be done"]
 
 
-# Kernels tell from which checkpoint they begin; trainings are slow until they are let go.
+# Trainings are slow until they are let go.
 SLOW = """
 from pathlib import Path
 if "ipykernel_launcher" in sys.orig_argv:
@@ -194,20 +195,10 @@ if "ipykernel_launcher" in sys.orig_argv:
     import torch
     backward = torch.Tensor.backward
     def slowly(*values, **more):
-        time.sleep(0 if Path("go").exists() or Path("../../go").exists() else 0.5)
+        time.sleep(0 if Path(__file__).with_name("go").exists() else 0.5)
         return backward(*values, **more)
     torch.Tensor.backward = slowly
 """
-
-
-def processes_of(job: str) -> list[int]:
-    """Find the processes of a job of Slurm."""
-    found = []
-    for place in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if f"\0SLURM_JOB_ID={job}\0".encode() in b"\0" + (place / "environ").read_bytes():
-                found.append(int(place.name))
-    return found
 
 
 @pytest.mark.nightly
@@ -215,7 +206,7 @@ def processes_of(job: str) -> list[int]:
 def test_trainings_go_on_from_their_checkpoints(tmp_path: Path, slurm: SlurmNode) -> None:
     """A kernel is killed, a training's time is up, the node's power is cut, Snakemake is killed."""
     settings = yaml.safe_load(TINY.read_text())["train"]["with-mmsr"]["settings"]
-    settings |= {"steps": 120, "checkpoint_every": 2, "history_every": 1}
+    settings |= {"steps": 80, "checkpoint_every": 2, "history_every": 1}
     train = {name: {"settings": settings} for name in ("killed", "told")}
     plan = Plan(tmp_path, slurm, {"train": train, "retries": 2}, IMPATIENT + SLOW)
     place = {name: plan.out / "train" / name for name in train}
@@ -223,6 +214,9 @@ def test_trainings_go_on_from_their_checkpoints(tmp_path: Path, slurm: SlurmNode
     def last_step(name: str) -> int:
         found = list_checkpoints(place[name] / "checkpoints")
         return max((int(path.stem.partition("-")[2]) for path in found), default=0)
+
+    def trainings() -> list[str]:
+        return [one for name in train for one in plan.jobs(f"train_wildcards_{name}")]
 
     def wait_for_steps(job: subprocess.Popen[bytes]) -> None:
         """Wait until both trainings have saved more than they had."""
@@ -233,30 +227,24 @@ def test_trainings_go_on_from_their_checkpoints(tmp_path: Path, slurm: SlurmNode
     with plan.called() as job:
         wait_for_steps(job)
         prepared = (plan.out / "prepare" / "prepared.json").stat()
-        (killed,), (told,) = plan.jobs("train_wildcards_killed"), plan.jobs("train_wildcards_told")
-        for process in processes_of(killed):
-            if b"ipykernel" in Path(f"/proc/{process}/cmdline").read_bytes():
-                os.kill(process, signal.SIGKILL)
+        (killed,), (told,) = (plan.jobs(f"train_wildcards_{name}") for name in train)
+        for process in slurm.processes(killed):
+            if "ipykernel_launcher" in process.cmdline():
+                process.kill()
         slurm.ask("scancel", "--signal=TERM", told)  # as Slurm says before the time is up
-        wait_for(
-            lambda: (
-                not {killed, told}
-                & {*plan.jobs("train_wildcards_killed"), *plan.jobs("train_wildcards_told")}
-            )
-        )
+        wait_for(lambda: not {killed, told} & {*trainings()})
+        assert job.poll() is None, plan.said.read_text()
         wait_for_steps(job)
 
-        jobs = plan.jobs("train_wildcards_killed") + plan.jobs("train_wildcards_told")
+        jobs = trainings()
         slurm.daemons["slurmd"].kill()
         slurm.daemons["slurmd"].wait()
-        for process in [process for one in jobs for process in processes_of(one)]:
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+        for process in slurm.processes(*jobs):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         slurm.start_slurmd()
         wait_for_steps(job)
-        assert set(plan.jobs("train_wildcards_killed") + plan.jobs("train_wildcards_told")) == {
-            *jobs
-        }
+        assert trainings() == jobs
 
         os.kill(plan.snakemake(job), signal.SIGKILL)
         job.wait(30)
@@ -266,20 +254,14 @@ def test_trainings_go_on_from_their_checkpoints(tmp_path: Path, slurm: SlurmNode
 
     reached = {name: last_step(name) for name in train}
     with plan.called() as job:
-        wait_for(
-            lambda: (
-                job.poll() is not None
-                or not {*jobs}
-                & {*plan.jobs("train_wildcards_killed"), *plan.jobs("train_wildcards_told")}
-            )
-        )
+        wait_for(lambda: job.poll() is not None or not {*jobs} & {*trainings()})
         assert all(last_step(name) >= reached[name] > 0 for name in train)
-        (plan.out / "go").touch()
+        (tmp_path / "go").touch()
         job.wait(900)
     assert job.returncode == 0, plan.said.read_text()
     assert (plan.out / "prepare" / "prepared.json").stat().st_mtime_ns == prepared.st_mtime_ns
     for folder in place.values():
-        assert read_history(folder / "history.csv")["step"] == list(range(1, 121))
-        assert load_generator(folder / "weights.safetensors")[1].training["steps"] == 120
+        assert read_history(folder / "history.csv")["step"] == list(range(1, 81))
+        assert load_generator(folder / "weights.safetensors")[1].training["steps"] == 80
     assert plan.states()[""].endswith(": nobody is at work; models: 2 done")
     assert dry_run(plan.file, plan.out, None, str(plan.profile)) == ["nothing is to be done"]
