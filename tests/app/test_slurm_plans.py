@@ -237,6 +237,7 @@ def test_trainings_go_on_from_their_checkpoints(tmp_path: Path, slurm: SlurmNode
         wait_for_steps(job)
 
         jobs = trainings()
+        time.sleep(25)  # a job that is younger counts as starting, and would be missed later
         slurm.daemons["slurmd"].kill()
         slurm.daemons["slurmd"].wait()
         for process in slurm.processes(*jobs):
