@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from slurm_node import SlurmNode, why_not
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded, and for all that tests start
 
@@ -23,6 +24,15 @@ def one_thread() -> Iterator[None]:
     yield
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmNode]:
+    """Run a Slurm of one node on the loopback interface."""
+    if reason := why_not():
+        pytest.skip(reason)
+    with SlurmNode(tmp_path_factory.mktemp("slurm"), cpus=16) as node:
+        yield node
 
 
 @pytest.hookimpl(tryfirst=True)

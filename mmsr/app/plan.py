@@ -142,6 +142,10 @@ def plan_failure(said: str, out: Path = Path()) -> str:
         reason = "the reason stands above"  # an experiment said it on the terminal
     if "died with <Signals." in said or "exit status 137" in said:
         reason = "a process was killed, most often for want of memory"
+    if told := re.findall(r"(?m)^ +message: (SLURM.*?)\.?(?: Detailed .*)?$", said):
+        reason = f"{told[-1]}; what it said lies in {out / '.snakemake' / 'slurm_logs'}"
+    if "--executor/-e: invalid choice: 'slurm'" in said:
+        reason = "Snakemake's plugin for Slurm is missing: pip install 'mmsr[slurm]'"
     pages = {step: out / step / "notebook.running.ipynb" for step in failed_steps(said, out)}
     errors = {step: run_notebook.page_error(page)[:200] for step, page in pages.items()}
     texts = [f"{step} failed: {error or reason}" for step, error in errors.items()]
@@ -171,7 +175,7 @@ def run_plan(file: Path, out: Path, cores: int | None = 2, profile: str = "") ->
             run_notebook.end_processes(others)
             raise
     if job.returncode:
-        reason = plan_failure(said, out)
+        reason = "Snakemake was killed" if job.returncode < 0 else plan_failure(said, out)
         raise MMSRError(f"{out}: the plan was not finished: {reason}; run again to go on")
 
 # %% ../../nbs/8_app/05_plan.ipynb #6b1f0a16
@@ -227,4 +231,7 @@ def status_lines(out: str | Path) -> list[str]:
     summed = ", ".join(f"{number} {state}" for state, number in counted)
     width = max(map(len, rows))
     lines = [f"{n:<{width}}  {states[n]:<8} {one.text}".rstrip() for n, one in rows.items()]
-    return [f"{out}: {'at work' if at_work else 'nobody is at work'}; models: {summed}", *lines]
+    who = "at work" if at_work else "nobody is at work"
+    if not at_work and "running" in states.values():  # a cluster's, whose Snakemake was killed
+        who = "jobs are at work, but no `mmsr plan`"
+    return [f"{out}: {who}; models: {summed}", *lines]

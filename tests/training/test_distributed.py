@@ -4,20 +4,17 @@ Real processes over gloo on the loopback interface: started by hand as a cluster
 by torchrun, and by srun of a real Slurm, where there is one.
 """
 
-import contextlib
 import json
 import os
-import shutil
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from slurm_node import SlurmNode, free_ports
 from test_resume import SYSTEMS, train, write_banks
 
 from mmsr.core import SettingsError
@@ -53,75 +50,6 @@ except MMSRError as e:
     sys.exit(2)
 """
 LIMIT_S = 120
-
-
-SLURM_CONF = """ClusterName=test
-SlurmctldHost=localhost(127.0.0.1)
-AuthType=auth/none
-CredType=cred/none
-SlurmUser=root
-SlurmdUser=root
-SlurmctldPort={ports[0]}
-SlurmdPort={ports[1]}
-CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
-SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-MpiDefault=none
-SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
-NodeName=localhost NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
-PartitionName=main Nodes=localhost Default=YES MaxTime=10 State=UP
-"""
-
-
-def free_ports(n: int) -> list[int]:
-    """Find ports that nobody uses, below those that systems deal out to whoever asks for any."""
-    ports: list[int] = []
-    with contextlib.ExitStack() as open_ones:
-        for port in range(20_000 + os.getpid() % 1000 * 10, 32_000):
-            one = open_ones.enter_context(socket.socket())
-            with contextlib.suppress(OSError):
-                one.bind(("127.0.0.1", port))
-                ports.append(port)
-            if len(ports) == n:
-                break
-    return ports
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Run a Slurm of one node on the loopback interface, and give the variables that find it."""
-    programs = [shutil.which(name, path="/usr/sbin:/usr/bin") for name in ("slurmctld", "slurmd")]
-    if not all(programs) or not shutil.which("srun"):
-        pytest.skip("needs Slurm: apt-get install slurmctld slurmd slurm-client")
-    if os.getuid() != 0:
-        pytest.skip("Slurm's daemons want to be started by root")
-    folder = tmp_path_factory.mktemp("slurm")
-    for name in ("state", "spool"):
-        (folder / name).mkdir()
-    content = SLURM_CONF.format(ports=free_ports(2), folder=folder, cpus=os.cpu_count())
-    (folder / "slurm.conf").write_text(content)
-    found = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": found}
-    daemons = [
-        subprocess.Popen([str(programs[0]), "-D"], **quiet),  # type: ignore[call-overload]
-        subprocess.Popen([str(programs[1]), "-D", "-N", "localhost"], **quiet),  # type: ignore[call-overload]
-    ]
-    try:
-        end = time.monotonic() + 30
-        while subprocess.run(["srun", "-t", "1", "true"], timeout=60, **quiet).returncode:  # type: ignore[call-overload]
-            assert time.monotonic() < end, "Slurm did not come up"
-            time.sleep(0.5)
-        yield found
-    finally:
-        for daemon in daemons:
-            daemon.terminate()
-        for daemon in daemons:
-            daemon.wait(20)
 
 
 def by_hand(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -226,12 +154,12 @@ def test_two_processes_are_one_with_twice_the_batch(
     assert_close_run(folder, place / system)
 
 
-def test_two_tasks_of_slurm(place: Path, tmp_path: Path, slurm: dict[str, str]) -> None:
+def test_two_tasks_of_slurm(place: Path, tmp_path: Path, slurm: SlurmNode) -> None:
     folder = prepare(place, tmp_path / "slurm", SYSTEMS["SR-CycleGAN"])
     command = ["srun", "--ntasks=2", "--ntasks-per-node=2", "--overcommit", sys.executable]
     done = subprocess.run(
         [*command, str(place / "worker.py"), str(folder), "{}"],
-        env={**slurm, "GLOO_SOCKET_IFNAME": "lo"},
+        env={**slurm.environment, "GLOO_SOCKET_IFNAME": "lo"},
         capture_output=True,
         text=True,
         timeout=LIMIT_S,
