@@ -209,7 +209,7 @@ class Structure(NamedTuple):
     walls_closed: float  # share of the bronchi whose air is 2 mm wide or more
     wall_ring: float  # share of their rings, and of the smaller ones', at half height
     septa_per_mm: float  # in parenchyma
-    pattern_db: float  # at the clinical pitch in vessels and walls, above the truth's
+    pattern_db: float  # at the clinical pitch in vessels, walls and tumour, above the truth's
 
 
 SMALLEST_MM = 1.0  # air of a bronchus, or vessel
@@ -268,7 +268,8 @@ def measure_structure(
     masks = {name: mask[z] for name, mask in case.masks.items()}
     lung, blocks, _, _ = regions(masks, spacing_mm=pixel_mm, scale=scale)
     vessel, bronchus = masks["vessel"], masks["bronchus"]
-    solid = ndimage.binary_erosion(vessel | (bronchus & (truth > HALF_HU)))
+    solid = vessel | masks["tumour"] | (bronchus & (truth > HALF_HU))
+    solid = ndimage.binary_erosion(solid & (truth > HALF_HU))
     rings = ring_correlation(sr_hu, truth, pixel_mm=pixel_mm, mask=lung)
     means = block_mean(sr_hu, scale)
     parts = np.stack([(scan - clean)[blocks], clean[blocks], np.ones(blocks.sum())], 1)
