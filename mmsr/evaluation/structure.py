@@ -268,8 +268,7 @@ def measure_structure(
     masks = {name: mask[z] for name, mask in case.masks.items()}
     lung, blocks, _, _ = regions(masks, spacing_mm=pixel_mm, scale=scale)
     vessel, bronchus = masks["vessel"], masks["bronchus"]
-    solid = vessel | masks["tumour"] | (bronchus & (truth > HALF_HU))
-    solid = ndimage.binary_erosion(solid & (truth > HALF_HU))
+    solid = ndimage.binary_erosion((vessel | bronchus | masks["tumour"]) & (truth > HALF_HU))
     rings = ring_correlation(sr_hu, truth, pixel_mm=pixel_mm, mask=lung)
     means = block_mean(sr_hu, scale)
     parts = np.stack([(scan - clean)[blocks], clean[blocks], np.ones(blocks.sum())], 1)
