@@ -410,7 +410,7 @@ def test_unknown_parameter_and_experiment(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="sizes: unknown parameter of prepare") as e:
         run_experiment("prepare", tmp_path / "n.ipynb", {"sizes": 3})
     assert "\n" not in str(e.value)
-    with pytest.raises(SettingsError, match="no such experiment; known are evaluate, prepare"):
+    with pytest.raises(SettingsError, match="no such experiment; known are evaluate, figure_1"):
         run_experiment("nonesuch", tmp_path / "n.ipynb", {})
     assert list(tmp_path.iterdir()) == []
 
@@ -728,7 +728,8 @@ def test_the_train_verb(
     sorted((Path(cli.__file__).parents[2] / "workflow" / "plans").glob("*.yaml")),
     ids=lambda p: p.stem,
 )
-def test_the_plans_that_come_along_are_valid(plan: Path) -> None:
+def test_the_plans_that_come_along_are_valid(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMSR_EVIDENCE", str(plan.parents[2] / "nbs" / "results" / "evidence"))
     check_plan(yaml.safe_load(plan.read_text(encoding="utf8")))
 
 

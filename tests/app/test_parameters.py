@@ -150,12 +150,14 @@ def test_names_that_stand_twice_on_the_command_line(capsys: pytest.CaptureFixtur
         assert "stands twice" in line
 
 
-def test_anchors_and_merges_still_act(tmp_path: Path) -> None:
+def test_anchors_and_merges_still_act(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.yaml").write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\nc: {<<: *a, z: ~}")
     read = read_yaml(tmp_path / "a.yaml")
     assert read["b"] == {"x": "3", "y": "2"}
     assert read["c"] == {"x": "1", "y": "2", "z": None}
-    for plan in [TINY, *(Path(cli.__file__).parents[2] / "workflow" / "plans").glob("*.yaml")]:
+    root = Path(cli.__file__).parents[2]
+    monkeypatch.setenv("MMSR_EVIDENCE", str(root / "nbs" / "results" / "evidence"))
+    for plan in [TINY, *(root / "workflow" / "plans").glob("*.yaml")]:
         check_plan(read_yaml(plan))
 
 

@@ -62,7 +62,7 @@ def test_every_run_that_is_kept_is_judged() -> None:
     assert judged["prepare"] == plan["prepare"]
     numbers = read_json(EVIDENCE.with_name("kept_evidence.json"))
     assert {row["method"] for row in numbers["by_case"]} == {*kept, "nearest", "bicubic", "truth"}
-    assert len(numbers["cases"]) == plan["prepare"]["held_out"]
+    assert len(numbers["cases"]) == int(plan["prepare"]["held_out"])
 
 
 def test_ablations_differ_in_one_thing() -> None:
