@@ -172,7 +172,8 @@ class SRInputs(NamedTuple):
             (top, bottom), (left, right) = box or ((0, hu.shape[2]), (0, hu.shape[3]))
             here = index(((top * scale, bottom * scale), (left * scale, right * scale)))
             excess = hu - hu.clamp(window.low, window.high)
-            if excess.any():
+            # with exact means it comes back with all else that lacks
+            if excess.any() and (weight is not None or not self.options.exact_means):
                 sr += bicubic(excess, scale, keep_means=True)[here]
             if weight is not None:
                 share = F.interpolate(weight, scale_factor=scale, mode="bilinear")
