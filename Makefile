@@ -59,7 +59,7 @@ lines: setup     ## how long each module is
 check: setup     ## is the package in step with the notebooks, and are the notebooks clean?
 	$(BIN)/nbdev_export && $(BIN)/nbdev_clean && git diff --exit-code --stat -- mmsr nbs
 
-bench: setup     ## measure training, inference, writing and masks against peers, about 12 minutes on a quiet machine
+bench: setup     ## measure training, inference, writing and masks against peers, about 16 minutes on a quiet machine
 	$(BIN)/python -m pip install --quiet --prefer-binary -c constraints.txt -e '.[dev,bench]'
 	mkdir -p runs
 	for page in training_step inference preprocessing; do \
