@@ -209,7 +209,7 @@ class Structure(NamedTuple):
     walls_closed: float  # share of the bronchi whose air is 2 mm wide or more
     wall_ring: float  # share of their rings, and of the smaller ones', at half height
     septa_per_mm: float  # in parenchyma
-    pattern_db: float  # at the clinical pitch in vessels, walls and tumour, above the truth's
+    pattern_db: float  # at the clinical pitch, deep in vessels and tumour, above the truth's
 
 
 SMALLEST_MM = 1.0  # air of a bronchus, or vessel
@@ -267,8 +267,8 @@ def measure_structure(
     pixel_mm, scale = case.truth.spacing_mm[1], len(truth) // len(scan)
     masks = {name: mask[z] for name, mask in case.masks.items()}
     lung, blocks, _, _ = regions(masks, spacing_mm=pixel_mm, scale=scale)
-    vessel, bronchus = masks["vessel"], masks["bronchus"]
-    solid = ndimage.binary_erosion((vessel | bronchus | masks["tumour"]) & (truth > HALF_HU))
+    tissue = masks["vessel"] | masks["bronchus"] | masks["tumour"]
+    deep = ndimage.binary_erosion(tissue & (truth > HALF_HU), iterations=scale)
     rings = ring_correlation(sr_hu, truth, pixel_mm=pixel_mm, mask=lung)
     means = block_mean(sr_hu, scale)
     parts = np.stack([(scan - clean)[blocks], clean[blocks], np.ones(blocks.sum())], 1)
@@ -289,8 +289,8 @@ def measure_structure(
         _mean(vessels),
         _mean(wide),
         _mean([seen.ring for _, seen in bronchi]),
-        septa_per_mm(sr_hu, lung & ~(vessel | bronchus | masks["tumour"]), pixel_mm=pixel_mm),
-        pattern_db(sr_hu, solid, scale=scale) - pattern_db(truth, solid, scale=scale),
+        septa_per_mm(sr_hu, lung & ~tissue, pixel_mm=pixel_mm),
+        pattern_db(sr_hu, deep, scale=scale) - pattern_db(truth, deep, scale=scale),
     )
 
 
