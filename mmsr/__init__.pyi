@@ -1,5 +1,10 @@
 # The door: what `import mmsr` offers, and where each name lives (read by editors and at run time).
+from .app.comparison import compare as compare
+from .app.monitor import monitor as monitor
 from .app.prepare import prepare as prepare
+from .app.scan_viewer import view as view
+from .app.studios import loss_explorer as loss_explorer
+from .app.studios import phantom_studio as phantom_studio
 from .app.train import TrainSettings as TrainSettings
 from .app.train import train as train
 from .app.training_cases import PrepareSettings as PrepareSettings
