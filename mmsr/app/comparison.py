@@ -14,10 +14,11 @@ import ipywidgets
 import numpy as np
 from matplotlib.figure import Figure
 from numpy import ndarray
+from PIL import Image
 from scipy import ndimage
 
 from .scan_viewer import WINDOWS, turned
-from .screen import CURVES, Panel, Place, Viewer
+from .screen import CURVES, Panel, Place, QuickPlot, Viewer
 from ..core import GeometryError, SettingsError
 from ..data.volume import Volume, block_mean
 from ..evaluation.figures import CONSISTENCY_HU, LUNG_WINDOW, times_finer
@@ -101,21 +102,22 @@ class Comparison(Viewer):
             "other": drop(options=names, description="with that", value=names[-1]),
             "wipe": ipywidgets.FloatSlider(0.5, min=0, max=1, step=0.02, description="wipe"),
             "window": drop(options=windows, description="window"),
-            "angle": slider(0, 0, 175, 5, description="line, degrees"),
+            "angle": slider(0, 0, 175, 5, description="line, °"),
         }
-        self._plot = Figure(figsize=(8.4, 2.2), dpi=80)
-        self._axes = self._plot.add_axes((0.08, 0.22, 0.9, 0.64), ylabel="HU", ylim=(-1150, 350))
+        figure = Figure(figsize=(8.4, 2.2), dpi=80)
+        self._axes = figure.add_axes((0.08, 0.22, 0.9, 0.64), ylabel="HU", ylim=(-1150, 350))
         self._axes.set(xlabel="mm along the line", xlim=(0, 1))
         self._curves = {
             name: self._axes.plot([0], [0], color=colour, lw=width, label=name)[0]
             for name, colour, width in zip(names, ("0.65", *CURVES), (3, *[1.5] * 6), strict=False)
         }
+        self._plot = QuickPlot(figure, list(self._curves.values()))
         self._axes.legend(fontsize=8, ncols=7, loc="lower center", bbox_to_anchor=(0.5, 0.98))
         super().__init__(controls, height=height)
 
     def show(
         self, z: int, way: str, window: tuple[float, float], **rest: Any
-    ) -> tuple[list, Figure]:
+    ) -> tuple[list, Image.Image]:
         """Cut the square out of the columns."""
         columns, names, pixel_mm = self.columns, self.columns.names(), self.columns.first.spacing_mm
         grid, side = columns.first.shape[1:], rest["side"]
@@ -181,7 +183,7 @@ class Comparison(Viewer):
         rise, run = 0.45 * np.sin(np.radians(angle)), 0.45 * np.cos(np.radians(angle))
         return (0.5 + rise, 0.5 - run), (0.5 - rise, 0.5 + run)
 
-    def _profile(self, cuts: Mapping[str, ndarray], angle: float, side_mm: float) -> Figure:
+    def _profile(self, cuts: Mapping[str, ndarray], angle: float, side_mm: float) -> Image.Image:
         """Plot the HU along the line, pixel by pixel as they are."""
         ends = [turned(end, self._axes_mm) for end in self._line(angle)]
         share = np.linspace(ends[0], ends[1], 400)
@@ -191,7 +193,7 @@ class Comparison(Viewer):
             values = ndimage.map_coordinates(cut, at, order=0, mode="nearest")
             self._curves[name].set_data(mm, values)
         self._axes.set_xlim(0, mm[-1])
-        return self._plot
+        return self._plot.picture()
 
     def point(self, panel: int, place: Place, steps: int) -> None:
         """Turn slices or zoom with the wheel; move the square to a click."""

@@ -13,14 +13,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from .screen import CURVES, Panel, Viewer
+from .screen import CURVES, Panel, Viewer, plotted
 from .train import training_status
 from ..core import FileError
 from ..training.run_folder import RunFolder, read_history
 
 # %% ../../nbs/8_app/13_monitor.ipynb #d63832ad
 class Monitor(Viewer):
-    """Curves, previews and health of trainings."""
+    """Curves, previews, health of trainings. The play button reads them every five seconds."""
 
     def __init__(self, folder: Path, runs: dict[str, RunFolder], height: int) -> None:
         self.folder, self.runs = folder, runs
@@ -29,16 +29,18 @@ class Monitor(Viewer):
         drop = ipywidgets.Dropdown
         controls = {
             "number": drop(options=numbers, description="curve"),
-            "smooth": ipywidgets.IntSlider(5, 1, 50, description="mean of rows"),
+            "smooth": ipywidgets.IntSlider(5, 1, 50, description="mean over"),
             "run": drop(options=list(runs), description="preview of"),
-            "ago": ipywidgets.IntSlider(0, 0, 0, description="previews ago"),
+            "ago": ipywidgets.IntSlider(0, 0, 0, description="ago"),
             "again": ipywidgets.Play(interval=5000, max=1 << 30, description="read anew"),
         }
         self._plot = Figure(figsize=(9, 3.2), dpi=80)
         self._axes = self._plot.add_axes((0.08, 0.16, 0.64, 0.76))
         super().__init__(controls, height=height)
 
-    def show(self, number: str, smooth: int, run: str, ago: int, again: int) -> tuple[list, Figure]:
+    def show(
+        self, number: str, smooth: int, run: str, ago: int, again: int
+    ) -> tuple[list, Image.Image]:
         """Read the histories, and the preview."""
         self._axes.clear()
         for k, (name, files) in enumerate(self.runs.items()):
@@ -60,7 +62,7 @@ class Monitor(Viewer):
             image = np.asarray(Image.open(file).convert("L"), np.float32)
             title = f"{run}, step {int(file.stem.split('-')[1])}"
             panels = [Panel(title, image, image.shape, (0, 255), unit="of 255", bar=False)]
-        return panels, self._plot
+        return panels, plotted(self._plot)
 
     def draw(self) -> None:
         """Draw, and say how the chosen run is."""

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy import ndarray
+from PIL import Image
 from scipy import ndimage
 
-from .screen import CURVES, Panel, Viewer
+from .screen import CURVES, Panel, Viewer, plotted
 from ..core import seeded
 from ..data.foam import PIXEL_MM
 from ..data.phantom import hr_slice, lung_scene
@@ -135,7 +136,7 @@ class LossExplorer(Viewer):
         y, x_sr = (torch.from_numpy(p)[None, None] for p in (self.truth, self.spoilt(**spoiling)))
         return mmsr_terms(shrink(y), x_sr, y, shrink(x_sr), MMSRSettings(**constants))
 
-    def show(self, squared: bool, **values: float) -> tuple[list[Panel], Figure]:
+    def show(self, squared: bool, **values: float) -> tuple[list[Panel], Image.Image]:
         """Spoil the patch and ask the loss."""
         spoiling = {name: v for name, v in values.items() if name not in MMSRTerms._fields}
         terms = self.terms(squared, **spoiling)
@@ -156,7 +157,7 @@ class LossExplorer(Viewer):
         images = {"phantom: x, the scan": scan, "x_sr, spoilt": patch, "f(x_sr)": answer}
         panels = [Panel(t, image, size, (-1, 1), unit="") for t, image in images.items()]
         change = Panel("f(x_sr) − x, ±0.5", answer - scan, size, (-0.5, 0.5), unit="")
-        return [*panels, change._replace(colours="RdBu_r")], self._plot
+        return [*panels, change._replace(colours="RdBu_r")], plotted(self._plot)
 
 
 def loss_explorer(seed: int = 7, *, height: int = 256) -> LossExplorer:
