@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from .screen import CURVES, Panel, Viewer, plotted
+from .screen import CURVES, Panel, QuickPlot, Viewer
 from .train import training_status
 from ..core import FileError
 from ..training.run_folder import RunFolder, read_history
@@ -34,25 +34,33 @@ class Monitor(Viewer):
             "ago": ipywidgets.IntSlider(0, 0, 0, description="ago"),
             "again": ipywidgets.Play(interval=5000, max=1 << 30, description="read anew"),
         }
-        self._plot = Figure(figsize=(9, 3.2), dpi=80)
-        self._axes = self._plot.add_axes((0.08, 0.16, 0.64, 0.76))
+        figure = Figure(figsize=(9, 3.2), dpi=80)
+        self._axes = figure.add_axes((0.08, 0.16, 0.64, 0.76), xlabel="step")
+        self._curves = []
+        for k, name in enumerate(runs):
+            style = ("-", "--", ":")[k // 6 % 3]
+            self._curves += self._axes.plot([0], [0], style, color=CURVES[k % 6], label=name)
+        self._axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
+        self._plot = QuickPlot(figure, self._curves)
         super().__init__(controls, height=height)
 
     def show(
         self, number: str, smooth: int, run: str, ago: int, again: int
     ) -> tuple[list, Image.Image]:
         """Read the histories, and the preview."""
-        self._axes.clear()
-        for k, (name, files) in enumerate(self.runs.items()):
+        seen = [np.zeros((2, 1))]
+        for curve, files in zip(self._curves, self.runs.values(), strict=True):
             table = read_history(files.history)
-            steps, values = (np.asarray(table.get(n, []), float) for n in ("step", number))
-            width = min(smooth, max(len(values) // 2, 1))
-            if len(values):
-                mean = np.convolve(values, np.ones(width) / width, "valid")
-                style = ("-", "--", ":")[k // len(CURVES) % 3]
-                self._axes.plot(steps[width - 1 :], mean, style, color=CURVES[k % 6], label=name)
-        self._axes.set(xlabel="step", title=number.replace("_", " "))
-        self._axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
+            rows = np.array([table[n] for n in ("step", number) if n in table])
+            if len(rows) == 2 and rows.size:
+                width = min(smooth, max(rows.shape[1] // 2, 1))
+                mean = np.convolve(rows[1], np.ones(width) / width, "valid")
+                curve.set_data(rows[0, width - 1 :], mean)
+                seen.append(rows)
+        low, high = np.percentile(np.hstack(seen)[1], (0, 99))  # the first steps may be far off
+        last = max(rows[0, -1] for rows in seen)
+        ends = {"xlim": (0, 1.02 * last + 1), "ylim": (low, high + 0.05 * (high - low) + 1e-6)}
+        self._axes.set(title=number.replace("_", " "), **ends)
         files = self.runs[run]
         strips = sorted(files.previews.glob("step-*.png"))
         self.controls["ago"].max = max(len(strips) - 1, 0)
@@ -62,7 +70,7 @@ class Monitor(Viewer):
             image = np.asarray(Image.open(file).convert("L"), np.float32)
             title = f"{run}, step {int(file.stem.split('-')[1])}"
             panels = [Panel(title, image, image.shape, (0, 255), unit="of 255", bar=False)]
-        return panels, plotted(self._plot)
+        return panels, self._plot.picture()
 
     def draw(self) -> None:
         """Draw, and say how the chosen run is."""

@@ -17,7 +17,7 @@ from numpy import ndarray
 from PIL import Image
 from scipy import ndimage
 
-from .screen import CURVES, Panel, Viewer, plotted
+from .screen import CURVES, Panel, QuickPlot, Viewer
 from ..core import seeded
 from ..data.foam import PIXEL_MM
 from ..data.phantom import hr_slice, lung_scene
@@ -114,11 +114,19 @@ class LossExplorer(Viewer):
             "squared": ipywidgets.Checkbox(False, description="squared constants"),
         }
         for name, weight in MMSRSettings().weights.items():
-            controls[name] = slider(weight, min=0, max=5, step=0.5, description=f"λ {name}")
-        self._plot = Figure(figsize=(8.4, 2.0), dpi=80)
-        self._axes = self._plot.add_axes((0.14, 0.22, 0.84, 0.66), xlabel="λ × term", xlim=(0, 3))
-        self._bars = self._axes.barh(MMSRTerms._fields[::-1], [0] * 4, color=CURVES[0])
-        self._numbers = [self._axes.text(0, b.get_y() + 0.25, "", fontsize=9) for b in self._bars]
+            controls[name] = slider(
+                weight, min=0, max=5, step=0.5, description=f"λ{len(controls) - 5}"
+            )
+        figure = Figure(figsize=(8.4, 2.0), dpi=80)
+        axes = figure.add_axes((0.14, 0.22, 0.84, 0.66), xlabel="λ × term", xlim=(0, 3))
+        self._bars = axes.barh(
+            [f"λ{4 - k} {n}" for k, n in enumerate(MMSRTerms._fields[::-1])],
+            [0] * 4,
+            color=CURVES[0],
+        )
+        self._numbers = [axes.text(0, b.get_y() + 0.25, "", fontsize=9) for b in self._bars]
+        self._sum = axes.text(2.95, 3.05, "", fontsize=10, ha="right")
+        self._plot = QuickPlot(figure, [*self._bars, *self._numbers, self._sum])
         super().__init__(controls, height=height)
 
     def spoilt(self, shift: float, blur: float, contrast: float, **painted: float) -> ndarray:
@@ -153,11 +161,11 @@ class LossExplorer(Viewer):
             number.set_text(f" {values[name]:g} × {term:.4f} = {values[name] * term:.4f}")
             number.set_x(min(values[name] * term, 2.2))
             total += values[name] * term
-        self._axes.set_title(f"sum {total:.4f}", fontsize=10)
+        self._sum.set_text(f"sum {total:.4f}")
         images = {"phantom: x, the scan": scan, "x_sr, spoilt": patch, "f(x_sr)": answer}
         panels = [Panel(t, image, size, (-1, 1), unit="") for t, image in images.items()]
         change = Panel("f(x_sr) − x, ±0.5", answer - scan, size, (-0.5, 0.5), unit="")
-        return [*panels, change._replace(colours="RdBu_r")], plotted(self._plot)
+        return [*panels, change._replace(colours="RdBu_r")], self._plot.picture()
 
 
 def loss_explorer(seed: int = 7, *, height: int = 256) -> LossExplorer:

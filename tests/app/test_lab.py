@@ -43,7 +43,7 @@ REFUSED = {
     "missing run": "import mmsr\nmmsr.monitor('nowhere')",
     "missing scan": "import mmsr\nmmsr.view('nowhere.nii.gz')",
 }
-MILLISECONDS = {"large": 400, "phantom_studio": 3000}  # else 150; the studio draws a new lung
+MILLISECONDS = {"large": 400, "phantom_studio": 1000}  # else 150; the studio makes a new lung
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +141,9 @@ def test_a_viewer_answers_the_keyboard(run_all: Callable[[str, str], Any], name:
     assert "Error" not in said
     assert picture.get_attribute("src").startswith("blob:")
     print(f"{name}: {median(took):.0f} ms from a key to its picture ({min(took):.0f} at best)")
-    if not os.environ.get("PYTEST_XDIST_WORKER"):  # other tests at work would be measured, too
-        assert min(took) < MILLISECONDS.get(name, 150)
+    assert min(took) < 3 * MILLISECONDS.get(
+        name, 150
+    )  # three times, for other work goes on beside it
 
 
 def test_the_pointer_the_wheel_and_a_click(run_all: Callable[[str, str], Any]) -> None:
