@@ -92,7 +92,9 @@ def keep_numbers(run: Path, nbs: Path) -> list[dict]:
 
 def keep_pictures(run: Path, nbs: Path) -> None:
     """Put the figures of a plan, one below the other, into one picture."""
-    paths = sorted((run / "figures").glob("*.png"))[: 1 if run.name == "kept_evidence" else None]
+    paths = sorted((run / "figures").glob("*.png"))
+    if run.name == "kept_evidence":
+        paths = [path for path in paths if path.stem.startswith(paths[0].stem.removesuffix("-1"))]
     figures = [Image.open(path).convert("RGB") for path in paths]
     size = max(figure.width for figure in figures), sum(figure.height for figure in figures)
     together = Image.new("RGB", size, "white")

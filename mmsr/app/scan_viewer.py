@@ -44,17 +44,22 @@ class Planes:
     """
 
     def __init__(self, scan: Volume | str | Path, **reading: Any) -> None:
-        if isinstance(scan, Volume):
-            self.volume, path = scan, Path()
-        else:
-            self.volume, path = read_volume(scan, lazy=True, **reading), Path(scan)
-        levels = [self.volume.array]
-        if is_zarr(path) and reading.keys() <= {"modality", "force"}:
+        path = Path() if isinstance(scan, Volume) else Path(scan)
+        if is_zarr(path) and reading.keys() <= {"modality", "force", "voxel_mm", "voxel_um"}:
+            first = read_volume(path, slices=(0, 1), lazy=True, **reading)
             levels = zarr_levels(path)
+            self.volume = first._replace(array=levels[0])
+        else:
+            self.volume = (
+                scan if isinstance(scan, Volume) else read_volume(scan, lazy=True, **reading)
+            )
+            levels = [self.volume.array]
         self.axial = [n for n in levels if min(n.shape[1:]) >= SCREEN_PX or n is levels[0]][-1]
         self.block = next((n for n in levels if math.prod(n.shape) <= _MOST_VOXELS), levels[-1])
         if not isinstance(self.block, ndarray):
-            need = math.prod(self.block.shape) * np.dtype(self.volume.array.dtype).itemsize
+            kind = self.block.dtype
+            size = np.dtype(getattr(kind, "numpy_dtype", kind)).itemsize  # of tensorstore's
+            need = math.prod(self.block.shape) * size
             if need > (free := available_memory()) // 2:
                 text = f"scan: {need / 1e9:.3g} GB without a pyramid, {free / 1e9:.3g} GB are free"
                 raise ResourceError(f"{text}; write it as .ome.zarr, or read a part: slices=(0, 9)")
