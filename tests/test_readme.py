@@ -1,0 +1,117 @@
+"""What a newcomer reads first is true: each command of the README runs, and each line of Python."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+import mmsr
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf8")
+SHELL = [
+    line.partition(" #")[0].strip()
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+]
+NAMED = sorted(set(re.findall(r"`mmsr ([a-z-]+)", README)))  # commands in the text
+
+
+def run(command: list[str], where: Path) -> str:
+    """Run a command in a folder; give what it said."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
+    done = subprocess.run(
+        command, cwd=where, env=env, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, f"{command}: {done.stderr[-2000:]}"
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def scan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small phantom's scan of two slices, in a file."""
+    path = tmp_path_factory.mktemp("scan") / "scan.nii.gz"
+    mmsr.write_volume(path, mmsr.clinical_case(11, n_slices=2, size=512, samples=1).clinical)
+    return path
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 100
+    assert len(SHELL) == 4
+    assert {"demo", "plan", "status", "node"} <= set(NAMED)
+    assert "CC BY 4.0" in README
+    assert "nbs/images/real_scan.png" in README
+
+
+def test_where_to_clone_from() -> None:
+    url = re.search(r"git clone (\S+)", SHELL[0])[1]
+    settings = (ROOT / "settings.ini").read_text(encoding="utf8")
+    user, repo = (re.search(rf"^{key} = (\S+)", settings, re.M)[1] for key in ("user", "repo"))
+    assert url == f"https://github.com/{user}/{repo}"
+    assert SHELL[0].endswith(f"cd {repo}")
+
+
+def test_make_lab_opens_the_quickstart() -> None:
+    (target,) = (line.split()[1] for line in SHELL if line.startswith("make "))
+    does = run(["make", "--dry-run", target], ROOT)
+    opened = re.search(r"jupyter lab .*default_url=/lab/tree/(\S+)", does)[1]
+    assert (ROOT / opened).is_file()
+    assert opened == "nbs/quickstart.ipynb"
+
+
+@pytest.mark.slow
+def test_commands_for_a_scan(scan: Path, tmp_path: Path) -> None:
+    """The two commands as they stand, on a small scan; the second also says only what it takes."""
+    info, super_resolve = (line for line in SHELL if line.startswith(".venv/bin/mmsr "))
+    for line in (info, f"{super_resolve} --plan", super_resolve):
+        arguments = shlex.split(line.replace("path/to/scan", str(scan)))[1:]
+        run([sys.executable, "-m", "mmsr", *arguments], tmp_path)
+        if line.endswith("--plan"):
+            assert sorted(p.name for p in tmp_path.iterdir()) == ["scan.png"]
+    made = ["lung.ome.zarr", "lung.ome.zarr.png", "scan.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == made
+    size = mmsr.read_volume(tmp_path / "lung.ome.zarr", lazy=True).shape
+    assert size == (2, 512, 512)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_named_commands_are_there(name: str, tmp_path: Path) -> None:
+    assert name in run([sys.executable, "-m", "mmsr", name, "--help"], tmp_path)
+
+
+@pytest.mark.slow
+def test_the_example_of_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(example.splitlines()) <= 12
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "README.md", "exec"), {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["sr.nii.gz", "sr.png"]
+    assert "f(SR)" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_quickstart_takes_a_scan_of_ones_own(scan: Path, tmp_path: Path) -> None:
+    """All cells before the training, with a path and a slice in the one cell that asks for them."""
+    cells = nbformat.read(ROOT / "nbs/quickstart.ipynb", 4).cells
+    code = [cell.source for cell in cells if cell.cell_type == "code"]
+    (asks,) = (source for source in code if source.startswith("scan_path = None"))
+    own = {"scan_path": str(scan), "slice_number": 1, "save_as": str(tmp_path / "sr.nii.gz")}
+    assert re.findall(r"^(\w+) = None", asks, re.MULTILINE) == list(own)
+    before = code[: next(i for i, source in enumerate(code) if "mmsr.prepare" in source)]
+    page: dict[str, Any] = {}
+    for source in before:
+        exec(compile(source, "quickstart.ipynb", "exec"), page)
+        if source == asks:
+            page |= own
+    assert page["scan"].shape == (1, 64, 64)
+    assert mmsr.read_volume(tmp_path / "sr.nii.gz").shape == (1, 512, 512)
+    wanted = mmsr.read_volume(scan, slices=(1, 2)).array
+    assert (page["scan"].array == wanted).all()
