@@ -10,17 +10,20 @@ from typing import Any
 
 import nbformat
 import pytest
+import yaml
 
 import mmsr
+from mmsr.app.training_cases import PrepareSettings
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf8")
+DATA = (ROOT / "data/README.md").read_text(encoding="utf8")
 SHELL = [
     line.partition(" #")[0].strip()
     for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
     for line in block.splitlines()
 ]
-NAMED = sorted(set(re.findall(r"`mmsr ([a-z-]+)", README)))  # commands in the text
+NAMED = sorted(set(re.findall(r"`mmsr ([a-z-]+)", README + DATA)))  # commands in the text
 
 
 def run(command: list[str], where: Path) -> str:
@@ -82,7 +85,20 @@ def test_commands_for_a_scan(scan: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMED)
 def test_named_commands_are_there(name: str, tmp_path: Path) -> None:
-    assert name in run([sys.executable, "-m", "mmsr", name, "--help"], tmp_path)
+    told = run([sys.executable, "-m", "mmsr", name, "--help"], tmp_path)
+    lines = re.findall(rf"`mmsr {name} ([^`]*)`", README + DATA)
+    assert {part for line in lines for part in line.split() if part.startswith("--")} <= {
+        *re.findall(r"--[a-z-]+", told)
+    }
+
+
+def test_parameters_of_the_data_page() -> None:
+    """The line that prepares a training names parameters that there are, with values they take."""
+    (line,) = re.findall(r"`mmsr run prepare ([^`]*)`", DATA)
+    pairs = [part.split("=", 1) for part in shlex.split(line) if "=" in part]
+    settings = PrepareSettings.read({name: yaml.safe_load(value) for name, value in pairs})
+    assert settings.micro_voxel_um == 25.08
+    assert len(settings.clinical) == 2
 
 
 @pytest.mark.slow
