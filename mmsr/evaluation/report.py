@@ -92,7 +92,7 @@ def picture(figure: Any, caption: str, *, alt: str = "") -> str:
 TERMS = {  # field of `Measures`, or of `Structure`: its title, and what it means
     "corr_clinical": "Agreement with the scan in the lung, r: the result is averaged back to the scan's pixels and correlated with them. 1 is best; the truth itself stays below 1, because the scan is blurred and noisy",
     "corr_parenchyma": "The same in the parenchyma, r: only the tissue between vessels and bronchi, where the scan is mostly noise. Above the truth's value, noise was copied",
-    "hu_error": "Distance from the scan, HU: how far those pixels are off on average, without sign. As near to the truth's value as can be",
+    "hu_error": "Distance from the scan, HU: how far the result, averaged back to the scan's pixels, is off on average, without sign. As near to the truth's value as can be",
     "bias_hu": "Shift of grey, HU: the same with sign. Above 0 the lung became lighter. 0 is best; density and emphysema are read from it",
     "corr_bronchi": "Agreement with the truth near bronchi, r: on the fine grid, within 1.5 mm of a bronchus. 1 is best",
     "corr_detail": "Fine detail in the right place, r: only what is finer than a pixel of the scan. 1 is best, 0 is by chance; no method can reach 1",
@@ -101,7 +101,7 @@ TERMS = {  # field of `Measures`, or of `Structure`: its title, and what it mean
     "grid_db": "Grid, dB: a pattern that repeats at every pixel of the scan, which no lung does. 0 is none",
     "psnr": "PSNR, dB: closeness to the truth pixel by pixel over the slice. More is better; smooth pictures win it, since detail in the wrong place costs more than none",
     "ssim": "SSIM: likeness of local patterns with the truth's. 1 is best",
-    "tile": "Tile, pixels: side of the squares in which a slice was computed; whole: all at once",
+    "tile": "Tile, pixels of the scan: side of the squares in which a slice was computed. A dash: all of it at once",
     "resolution_mm": "Finest detail shared with the truth, mm: by Fourier ring correlation above 1/7. Less is better",
     "corr_noiseless": "Agreement with the scan before its noise, r: only a phantom knows it. 1 is best, and copied noise lowers it",
     "noise_copied": "Noise copied: how much of the scan's noise is in the result. 0 is best, 1 is all",
@@ -137,16 +137,19 @@ def measures_table(columns: Mapping[str, Mapping[str, Any]], *, caption: str = "
     """
     if not columns:
         raise ShapeError("columns: expected the measures of one method or more, got none")
-    head = "".join(f"<th scope='col'>{html.escape(name)}</th>" for name in columns)
+    names = [html.escape(name) for name in columns]
+    head = "".join(f"<th scope='col'>{name}</th>" for name in names)
     body = ""
     for field, term in TERMS.items():
         cells = [_cell(of_one.get(field)) for of_one in columns.values()]
         if any("–" not in cell for cell in cells):
             title, _, meaning = map(html.escape, term.partition(": "))
-            body += (
-                f"<tbody><tr><th scope='rowgroup' colspan='{len(columns)}'>{title}"
-                f"<span>{meaning}</span></th></tr><tr>{''.join(cells)}</tr></tbody>"
+            told = f"<th scope='rowgroup' colspan='{len(names)}'>{title}<span>{meaning}</span></th>"
+            row = "".join(
+                cell.replace("<td", f"<td data-method='{name}'", 1)  # shown where it is narrow
+                for name, cell in zip(names, cells, strict=True)
             )
+            body += f"<tbody><tr>{told}</tr><tr>{row}</tr></tbody>"
     title = f"<caption>{html.escape(caption)}</caption>"
     return (
         f"<table class='measures' tabindex='0'>{title}<thead><tr>{head}</tr></thead>{body}</table>"
@@ -182,6 +185,11 @@ def verdict(means: Sequence[Measures]) -> str:
     return f"<ul class='verdict'>{items}</ul><p><b>{finer}</b></p><p class='fine'>{limits}</p>"
 
 
+def _signed(value: float) -> str:
+    """Write a correlation."""
+    return f"{value:.2f}".replace("-", "−")
+
+
 def _in_words(m: Measures, bicubic: Measures) -> str:
     """Answer the four questions for one method."""
     r, shift, texture, detail = m.corr_clinical, m.bias_hu, m.spectrum_error_db, m.corr_detail
@@ -189,14 +197,14 @@ def _in_words(m: Measures, bicubic: Measures) -> str:
     grey = "keeps its grey level"
     if not abs(shift) <= 10:
         grey = f"makes the lung {abs(shift):.0f} HU {'lighter' if shift > 0 else 'darker'}"
-    said = f"{kept} the anatomy of the scan (r = {r:.2f}) and {grey}."
+    said = f"{kept} the anatomy of the scan (r = {_signed(r)}) and {grey}."
     if texture != texture:
         return said + " How its fine texture compares cannot be said: there is no truth."
     strong = "about as strong as" if texture <= 3 else "not as strong as, or stronger than,"
     said += f" Its fine texture is {strong} the truth's ({texture:.1f} dB off; bicubic {bicubic.spectrum_error_db:.1f})"
     if detail == detail:
         much = "much" if detail >= 0.5 else "little" if detail >= 0.2 else "next to nothing"
-        said += f", but shows {much} of what is truly there (r = {detail:.2f})"
+        said += f", but shows {much} of what is truly there (r = {_signed(detail)})"
     nearer = "nearer to" if m.psnr > bicubic.psnr else "farther from"
     return f"{said}. Pixel by pixel it is {nearer} the truth than bicubic enlargement."
 
@@ -211,9 +219,12 @@ caption{text-align:left;color:#55606a;padding:.3rem 0} th{text-align:left;font-w
 th,td{padding:.35rem .8rem .35rem 0;border-bottom:1px solid #dde2e6} .number{text-align:right;font-variant-numeric:tabular-nums}
 .measures thead th{text-align:right} .measures tbody th{border:0;padding:.9rem 0 0} .measures .number{min-width:4rem}
 .measures span{display:block;font-weight:400;color:#55606a;max-width:42rem;white-space:normal}
-.verdict li{margin:.5rem 0} .fine,footer{color:#55606a;font-size:.92rem} code{overflow-wrap:anywhere}
+.measures span::first-letter{text-transform:uppercase} .verdict li{margin:.5rem 0} .fine,footer{color:#55606a;font-size:.92rem} code{overflow-wrap:anywhere}
 figure{margin:1.4rem 0} .wide{overflow-x:auto} img{max-width:max(100%,44rem);height:auto} figcaption{color:#55606a;font-size:.92rem}
-@media(max-width:600px){body{margin:1rem auto;padding:0 .9rem}.measures span{max-width:20rem}}
+@media(max-width:600px){body{margin:1rem auto;padding:0 .9rem} .verdict{padding-left:1.1rem} caption{max-width:20rem}
+.measures,.measures caption,.measures tbody,.measures tbody th{display:block} .measures thead{display:none}
+.measures tr{display:flex;flex-wrap:wrap} .measures td{border:0;padding-bottom:.1rem}
+.measures td::before{content:attr(data-method);display:block;color:#55606a;font-size:.8rem}}
 """
 
 
@@ -221,9 +232,11 @@ def how_made(command: str, settings: Mapping[str, Any]) -> str:
     """Tell the version, and the command with all that was set, without where the files lie."""
     told = environment()
     packages = [f"{name} {v}" for name, v in told["packages"].items() if v != "not installed"]
-    given = [f"-p {name}={shlex.quote(json.dumps(_short(v)))}" for name, v in settings.items()]
+    values = {name: _short(value) for name, value in settings.items()}
+    texts = {n: v if isinstance(v, str) else json.dumps(v) for n, v in values.items()}
+    given = [f"-p {name}={shlex.quote(text)}" for name, text in texts.items()]
     line = html.escape(" ".join([command, *given]))
-    software = f"mmsr {__version__}, Python {told['python']}; {', '.join(packages)}."
+    software = f"Python {told['python']}, {', '.join(packages)}."
     return f"{paragraph(software)}<p><code>{line}</code></p>"
 
 
