@@ -144,7 +144,7 @@ def measures_table(columns: Mapping[str, Mapping[str, Any]], *, caption: str = "
         cells = [_cell(of_one.get(field)) for of_one in columns.values()]
         if any("–" not in cell for cell in cells):
             title, _, meaning = map(html.escape, term.partition(": "))
-            told = f"<th scope='rowgroup' colspan='{len(names)}'>{title}<span>{meaning}</span></th>"
+            told = f"<th scope='rowgroup' colspan='{len(names)}'>{title}<br><span>{meaning}</span></th>"
             row = "".join(
                 cell.replace("<td", f"<td data-method='{name}'", 1)  # shown where it is narrow
                 for name, cell in zip(names, cells, strict=True)

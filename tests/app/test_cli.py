@@ -815,8 +815,13 @@ def test_light_commands_wait_for_no_torch(place: Place) -> None:
         assert said.splitlines()[-1] == "[]"
 
 
-def test_help_lists_the_jobs(capsys: pytest.CaptureFixture[str]) -> None:
-    said = call(capsys, "--help")
+def test_version_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(capsys, "--version") == Said(0, f"mmsr {mmsr.__version__}\n", "")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], []], ids=["asked", "nothing asked"])
+def test_help_lists_the_jobs(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    said = call(capsys, *arguments)
     assert said.code == 0
     assert all(job in said.out for job in ("demo", "super-resolve", "plan", "run", "version"))
 
