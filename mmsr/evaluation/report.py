@@ -179,7 +179,7 @@ def verdict(means: Sequence[Measures]) -> str:
         "“Keeps the anatomy” stands for a correlation r with the scan of 0.9 or more, “in part” for "
         "0.5 or more; “keeps the grey level” for a shift of at most 10 HU in the lung; “about as "
         "strong” for a spectrum within 3 dB of the truth's; “little” for r below 0.5 with the true "
-        "fine detail, “next to nothing” below 0.2. A correlation of 1.00 may be by construction."
+        "fine detail, “next to nothing” below 0.2."
     )
     finer = "Nothing finer than a pixel of the scan may be measured or diagnosed in any of them."
     return f"<ul class='verdict'>{items}</ul><p><b>{finer}</b></p><p class='fine'>{limits}</p>"
@@ -198,8 +198,10 @@ def _in_words(m: Measures, bicubic: Measures) -> str:
     if not abs(shift) <= 10:
         grey = f"makes the lung {abs(shift):.0f} HU {'lighter' if shift > 0 else 'darker'}"
     said = f"{kept} the anatomy of the scan (r = {_signed(r)}) and {grey}."
+    if m.hu_error <= 0.5:
+        said = "averages back to the scan exactly, for it was corrected to do so; this says nothing of what is finer."
     if texture != texture:
-        return said + " How its fine texture compares cannot be said: there is no truth."
+        return f"{said} Whether its fine detail is there in the patient nobody can say: there is no truth."
     strong = "about as strong as" if texture <= 3 else "not as strong as, or stronger than,"
     said += f" Its fine texture is {strong} the truth's ({texture:.1f} dB off; bicubic {bicubic.spectrum_error_db:.1f})"
     if detail == detail:
