@@ -171,18 +171,13 @@ def verdict(means: Sequence[Measures]) -> str:
     """
     (bicubic,) = (m for m in means if m.method == "bicubic")
     judged = [m for m in means if m.method not in ("nearest", "bicubic", "truth")]
-    items = "".join(
-        f"<li><b>{html.escape(m.method)}</b> {html.escape(_in_words(m, bicubic))}</li>"
-        for m in judged
-    )
-    limits = (
-        "“Keeps the anatomy” stands for a correlation r with the scan of 0.9 or more, “in part” for "
-        "0.5 or more; “keeps the grey level” for a shift of at most 10 HU in the lung; “about as "
-        "strong” for a spectrum within 3 dB of the truth's; “little” for r below 0.5 with the true "
-        "fine detail, “next to nothing” below 0.2."
-    )
-    finer = "Nothing finer than a pixel of the scan may be measured or diagnosed in any of them."
-    return f"<ul class='verdict'>{items}</ul><p><b>{finer}</b></p><p class='fine'>{limits}</p>"
+    words = [(html.escape(m.method), html.escape(_in_words(m, bicubic))) for m in judged]
+    items = "".join(f"<li><b>{method}</b> {said}</li>" for method, said in words)
+    return f"<ul class='verdict'>{items}</ul><p><b>{_FINER}</b></p><p class='fine'>{_LIMITS}</p>"
+
+
+_FINER = "Nothing finer than a pixel of the scan may be measured or diagnosed in any of them."
+_LIMITS = "“Keeps the anatomy” stands for a correlation r with the scan of 0.9 or more, “in part” for 0.5 or more; “keeps the grey level” for a shift of at most 10 HU in the lung; “about as strong” for a spectrum within 3 dB of the truth's; “little” for r below 0.5 with the true fine detail, “next to nothing” below 0.2."
 
 
 def _signed(value: float) -> str:
