@@ -16,7 +16,6 @@ from typing import Annotated, Any
 
 from typer import Argument, Exit, Option, Typer, echo
 
-from .. import __version__
 from . import run_notebook as notebooks
 from .shell import in_options, run_and_exit
 from ..core import RESEARCH_ONLY, FileError, MMSRError, SettingsError, atomic_write, environment
@@ -26,24 +25,8 @@ app = Typer(
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,  # plain help, a fifth of a second sooner
-    help="Unpaired 8x super-resolution of clinical lung CT towards micro-CT. " + RESEARCH_ONLY,
+    help=f"Unpaired 8x super-resolution of clinical lung CT towards micro-CT. {RESEARCH_ONLY} (mmsr --version says which this is.)",
 )
-
-
-def _say_version(asked: bool) -> None:
-    """Say the version, and nothing else."""
-    if asked:
-        echo(f"mmsr {__version__}")
-        raise Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, Option("--version", callback=_say_version, is_eager=True, help="say which this is")
-    ] = False,
-) -> None:
-    pass
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -349,5 +332,4 @@ def version() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exit with 2 and one line for any mistake of the caller."""
-    given = sys.argv[1:] if arguments is None else arguments
-    run_and_exit(app, given or ["--help"])
+    run_and_exit(app, arguments)
