@@ -71,8 +71,8 @@ evidence: setup  ## numbers and pictures of the page "Does it work?" from the ru
 	  $(BIN)/python workflow/keep_outputs.py runs/$$plan || exit 1; done
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/evidence.ipynb && $(BIN)/nbdev_clean --fname nbs/evidence.ipynb
 
-lab: setup       ## open the notebooks
-	$(BIN)/jupyter lab nbs
+lab: setup       ## open the quickstart in JupyterLab
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/quickstart.ipynb
 
 clean:           ## remove what builds and the demo left; keeps .venv and other runs
 	rm -rf runs/demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage .snakemake

@@ -2,10 +2,17 @@
 
 import os
 import signal
+import sys
+
+from mmsr import __version__
 
 
 def main() -> None:
-    """Load the command line and run it."""
+    """Load the command line and run it, with its help if nothing is asked; or say the version."""
+    arguments = sys.argv[1:]
+    if arguments == ["--version"]:
+        print(f"mmsr {__version__}")
+        return
     heeded = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not so under nohup
     if heeded:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
@@ -13,7 +20,7 @@ def main() -> None:
 
     if heeded:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    run()
+    run(arguments or ["--help"])
 
 
 if __name__ == "__main__":

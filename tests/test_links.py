@@ -79,15 +79,3 @@ def test_what_is_linked_is_tracked() -> None:
             target = (path.parent / unquote(link).partition("#")[0]).resolve()
             if not re.match(r"[a-z]+:", link) and target.is_file() and target != path.parent:
                 assert target.relative_to(ROOT).as_posix() in TRACKED, f"{path.name}: {link}"
-
-
-@pytest.mark.slow
-def test_the_example_of_the_readme_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", prose(ROOT / "README.md"), re.DOTALL)
-    assert len(example.splitlines()) <= 12
-    monkeypatch.chdir(tmp_path)
-    exec(compile(example, "README.md", "exec"), {})
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["sr.nii.gz", "sr.png"]
-    assert "f(SR)" in capsys.readouterr().out

@@ -25,7 +25,7 @@ app = Typer(
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,  # plain help, a fifth of a second sooner
-    help="Unpaired 8x super-resolution of clinical lung CT towards micro-CT. " + RESEARCH_ONLY,
+    help=f"Unpaired 8x super-resolution of clinical lung CT towards micro-CT. {RESEARCH_ONLY} (mmsr --version says which this is.)",
 )
 
 

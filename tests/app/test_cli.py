@@ -815,6 +815,17 @@ def test_light_commands_wait_for_no_torch(place: Place) -> None:
         assert said.splitlines()[-1] == "[]"
 
 
+def test_version_in_one_line() -> None:
+    said, err = child("--version").communicate(timeout=60)
+    assert (said, err) == (f"mmsr {mmsr.__version__}\n", "")
+
+
+def test_nothing_asked_is_help() -> None:
+    said, err = child().communicate(timeout=60)
+    assert said.startswith("Usage: mmsr [OPTIONS] COMMAND")
+    assert err == ""
+
+
 def test_help_lists_the_jobs(capsys: pytest.CaptureFixture[str]) -> None:
     said = call(capsys, "--help")
     assert said.code == 0

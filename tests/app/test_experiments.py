@@ -30,6 +30,7 @@ from mmsr.core import FileError, MMSRError, ResourceError, SettingsError, ShapeE
 from mmsr.data.patches import open_bank
 from mmsr.data.sampling import split_cases
 from mmsr.evaluation.protocols import Model, columns_of, measure_case, open_models
+from mmsr.evaluation.report import SITE
 from mmsr.evaluation.structure import Structure
 from mmsr.inference.two_grids import enlarge_bicubic
 from mmsr.networks.weights import load_generator
@@ -99,13 +100,19 @@ def own_chain(chain: Path, tmp_path: Path) -> Path:
 def test_report_holds_everything_in_one_page(chain: Path) -> None:
     page = (chain / "report.html").read_text(encoding="utf8")
     outside = re.findall(r"(?:src|href|action|url)\s*=?\s*[\"'(]\s*(?!data:)([^\"')]+)", page)
-    assert outside == []
+    assert outside == [SITE]  # one link to follow; nothing is fetched
+    assert page.count(f"<a href='{SITE}'>") == page.count("https:") == 1
     assert "http:" not in page
-    assert "https:" not in page
     assert "<script" not in page
     assert page.count("src='data:image/png;base64,") >= 3  # the held-out case and two histories
     assert all(f">{label}<" in page for label in (*MODELS, "bicubic", "truth"))
     assert "Research only" in page
+    order = ["What may be believed", "Pictures", "Numbers", "What was trained", "How this page"]
+    places = [page.index(f"<h2>{heading}") for heading in order]
+    assert places == sorted(places)
+    assert "the anatomy of the scan (r = " in page[places[0] : places[1]]
+    assert page.count("alt='patient-1; rows: ") == 1
+    assert re.findall(r"<code>mmsr run evaluate (-p \w+=)", page) == ["-p prepared="]
     assert "phantom, held out" in page or "phantom" in page
     assert str(chain) not in page
     assert "nan" not in re.sub(r"base64,[^']*", "", page).lower().split()
