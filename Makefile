@@ -57,7 +57,7 @@ lines: setup     ## how long each module is
 	@$(BIN)/python tests/count_lines.py
 
 check: setup     ## is the package in step with the notebooks, and are the notebooks clean?
-	$(BIN)/nbdev_export && $(BIN)/nbdev_clean && git diff --exit-code --stat -- mmsr nbs
+	$(BIN)/nbdev_export && $(BIN)/nbdev_clean && $(BIN)/python tests/clean_views.py && git diff --exit-code --stat -- mmsr nbs
 
 bench: setup     ## measure training, inference, writing and masks against peers, about 16 minutes on a quiet machine
 	$(BIN)/python -m pip install --quiet --prefer-binary -c constraints.txt -e '.[dev,bench]'

@@ -78,7 +78,7 @@ class Monitor(Viewer):
         state, text = training_status(self.runs[self.controls["run"].value].config.parent)
         self.said.value = self.said.value or f"{self.controls['run'].value}: {state}; {text}"
 
-
+# %% ../../nbs/8_app/13_monitor.ipynb #9c54da9c
 def monitor(folder: str | Path, *, height: int = 480) -> Monitor:
     """Watch the trainings in a folder in Jupyter, while they run or later.
 

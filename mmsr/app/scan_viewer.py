@@ -145,7 +145,7 @@ class ScanViewer(Viewer):
         shares = turned(place, axes_mm)
         self.together(**{"zyx"[i]: int(p * shape[i]) for i, p in zip(sides, shares, strict=True)})
 
-
+# %% ../../nbs/8_app/10_scan_viewer.ipynb #54fab9a2
 def view(
     scan: Volume | str | Path,
     mask: ndarray | str | Path | None = None,

@@ -6,6 +6,7 @@
 __all__ = ['Place', 'CURVES', 'Panel', 'paint', 'Layout', 'lay_out', 'QuickPlot', 'Viewer']
 
 # %% ../../nbs/8_app/09_screen.ipynb #b7911ded
+import base64
 import functools
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -122,6 +123,20 @@ class Layout(NamedTuple):
                 return number, ((y - top) / tall, (x - left) / wide)
         return None
 
+    def figure(self) -> Figure:
+        """Return the picture as a figure."""
+        figure = plt.figure(figsize=np.divide(self.picture.size, 100), dpi=100)
+        figure.add_axes((0, 0, 1, 1)).imshow(self.picture)
+        figure.axes[0].axis("off")
+        plt.close(figure)  # the caller shows it: otherwise a notebook draws it twice
+        return figure
+
+    def packed(self) -> str:
+        """Return the picture in few colours, as a notebook keeps it."""
+        small = self.picture.quantize(64, dither=Image.Dither.NONE)
+        small.save(png := io.BytesIO(), "png", optimize=True)
+        return base64.b64encode(png.getvalue()).decode()
+
 
 def lay_out(
     panels: Sequence[Panel], height: int, *, most: int = 1200, plot: Image.Image | None = None
@@ -225,12 +240,11 @@ class Viewer(ipywidgets.VBox):
 
     def figure(self) -> Figure:
         """Return the picture as a figure, for pages that are read without a kernel."""
-        image = self._layout.picture
-        figure = plt.figure(figsize=(image.width / 100, image.height / 100), dpi=100)
-        figure.add_axes((0, 0, 1, 1)).imshow(image)
-        figure.axes[0].axis("off")
-        plt.close(figure)  # the caller shows it: otherwise a notebook draws it twice
-        return figure
+        return self._layout.figure()
+
+    def _repr_mimebundle_(self, **how: Any) -> dict[str, str]:
+        """Be a widget where one can be shown, elsewhere a picture."""
+        return {**super()._repr_mimebundle_(**how), "image/png": self._layout.packed()}
 
     def value_at(self, number: int, place: Place) -> str:
         """Say what lies at a place of a panel."""

@@ -91,6 +91,22 @@ def phantom_studio(seed: int = 7, *, size: int = 256, height: int = 320) -> Phan
 _SIDE = 128
 
 
+def _controls() -> dict[str, Any]:
+    """Make the controls of the loss explorer."""
+    slider = ipywidgets.FloatSlider
+    controls = {
+        "shift": ipywidgets.IntSlider(0, 0, 16, description="shift, pixels"),
+        "blur": slider(0, min=0, max=8, step=0.5, description="blur, pixels"),
+        "contrast": slider(1, min=-1, max=1.5, step=0.1, description="contrast"),
+        "detail": slider(0, min=0, max=0.5, step=0.05, description="free detail"),
+        "nodule": slider(0, min=0, max=1, step=0.1, description="nodule"),
+        "squared": ipywidgets.Checkbox(False, description="squared constants"),
+    }
+    for k, (name, weight) in enumerate(MMSRSettings().weights.items(), 1):
+        controls[name] = slider(weight, min=0, max=5, step=0.5, description=f"λ{k}")
+    return controls
+
+# %% ../../nbs/8_app/12_studios.ipynb #007e4c39
 class LossExplorer(Viewer):
     """A spoilt patch, and what each MMSR term says of it."""
 
@@ -104,19 +120,6 @@ class LossExplorer(Viewer):
         row, column = np.mgrid[:_SIDE, :_SIDE]
         blob = np.exp(-((row - 100) ** 2 + (column - 20) ** 2) / 2 / 9**2)
         self.painted = {"detail": free / free.std(), "nodule": blob}
-        slider = ipywidgets.FloatSlider
-        controls = {
-            "shift": ipywidgets.IntSlider(0, 0, 16, description="shift, pixels"),
-            "blur": slider(0, min=0, max=8, step=0.5, description="blur, pixels"),
-            "contrast": slider(1, min=-1, max=1.5, step=0.1, description="contrast"),
-            "detail": slider(0, min=0, max=0.5, step=0.05, description="free detail"),
-            "nodule": slider(0, min=0, max=1, step=0.1, description="nodule"),
-            "squared": ipywidgets.Checkbox(False, description="squared constants"),
-        }
-        for name, weight in MMSRSettings().weights.items():
-            controls[name] = slider(
-                weight, min=0, max=5, step=0.5, description=f"λ{len(controls) - 5}"
-            )
         figure = Figure(figsize=(8.4, 2.0), dpi=80)
         axes = figure.add_axes((0.14, 0.22, 0.84, 0.66), xlabel="λ × term", xlim=(0, 3))
         self._bars = axes.barh(
@@ -127,7 +130,7 @@ class LossExplorer(Viewer):
         self._numbers = [axes.text(0, b.get_y() + 0.25, "", fontsize=9) for b in self._bars]
         self._sum = axes.text(2.95, 3.05, "", fontsize=10, ha="right")
         self._plot = QuickPlot(figure, [*self._bars, *self._numbers, self._sum])
-        super().__init__(controls, height=height)
+        super().__init__(_controls(), height=height)
 
     def spoilt(self, shift: float, blur: float, contrast: float, **painted: float) -> ndarray:
         """Return the patch, −1 to 1, after all that was done to it."""
@@ -167,7 +170,7 @@ class LossExplorer(Viewer):
         change = Panel("f(x_sr) − x, ±0.5", answer - scan, size, (-0.5, 0.5), unit="")
         return [*panels, change._replace(colours="RdBu_r")], self._plot.picture()
 
-
+# %% ../../nbs/8_app/12_studios.ipynb #3c7c09e8
 def loss_explorer(seed: int = 7, *, height: int = 256) -> LossExplorer:
     """Spoil a phantom's patch in Jupyter and watch the terms of the MMSR loss (Eq. 4).
 
