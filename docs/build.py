@@ -121,8 +121,13 @@ def shown_cell(cell: dict[str, Any], module: str | None, heading: str) -> bool:
     if folded:
         meta["tags"] = [*meta.get("tags", []), "hide-input"]
         meta["mystnb"] = {"code_prompt_show": folded, "code_prompt_hide": folded}
-    if any("image/png" in output.get("data", {}) for output in cell["outputs"]):
-        meta.setdefault("mystnb", {})["image"] = {"alt": picture_text(source, heading)}
+    words = picture_text(source, heading)
+    for data in (output.get("data", {}) for output in cell["outputs"]):
+        if "image/png" in data:
+            meta.setdefault("mystnb", {})["image"] = {"alt": words}
+        if "text/html" in data:
+            html = "".join(data["text/html"])
+            data["text/html"] = re.sub("<img (?![^>]*alt=)", f'<img alt="{words}" ', html)
     plumbing = "hide" in directives or (folded == "imports" and "export" in directives)
     return bool(source) and not plumbing
 
@@ -180,7 +185,10 @@ def main() -> int:
         left.unlink()
     copy_static()
     options = ["-W", "--keep-going", "-q", "-j", "auto", "-c", str(ROOT / "docs")]
-    return sphinx_build([*options, "-d", str(WORK / "doctrees"), str(SOURCE), str(WORK / "html")])
+    failed = sphinx_build([*options, "-d", str(WORK / "doctrees"), str(SOURCE), str(WORK / "html")])
+    for unread in (WORK / "html/_static").rglob("*.map"):  # for those who change the theme
+        unread.unlink()
+    return failed
 
 
 if __name__ == "__main__":
