@@ -1,6 +1,8 @@
 """Reference pages, made from the code: the door, modules, settings, the command line."""
 
 import importlib
+import inspect
+import json
 import re
 import typing
 from collections.abc import Iterator
@@ -28,7 +30,7 @@ def reference_pages(root: Path) -> Iterator[tuple[str, str]]:
     names = "\n   ".join(f"api/{module}" for module in told)
     yield "reference/modules.rst", f"{heading('All modules')}.. toctree::\n\n   {names}\n"
     yield "reference/mmsr.rst", door_page()
-    yield "reference/settings.md", settings_page(list(told))
+    yield "reference/settings.md", settings_page(root, list(told))
     yield "reference/command_line.md", command_line_page()
     yield "bundled_card.txt", bundled_card()
 
@@ -46,12 +48,14 @@ def module_page(module: str, page: str) -> str:
 
 def door_page() -> str:
     """Document the names that `import mmsr` gives."""
-    names = "".join(f"   {name}\n" for name in sorted(mmsr.__all__))
-    table = f".. autosummary::\n\n{names}\n"
-    return f"{heading('import mmsr')}.. automodule:: mmsr\n   :no-members:\n\n{table}" + "".join(
-        f".. auto{'class' if isinstance(getattr(mmsr, name), type) else 'function'}:: mmsr.{name}\n\n"
-        for name in sorted(mmsr.__all__)
-    )
+    text = f"{heading('import mmsr')}.. automodule:: mmsr\n   :no-members:\n\n"
+    names = {name: getattr(mmsr, name) for name in sorted(mmsr.__all__)}
+    for name, one in names.items():
+        text += f"* :py:obj:`mmsr.{name}`: {inspect.getdoc(one).splitlines()[0]}\n"
+    for name, one in names.items():
+        kind = "class" if isinstance(one, type) else "function"
+        text += f"\n.. auto{kind}:: mmsr.{name}\n"
+    return text
 
 
 def plain_type(kind: Any) -> str:
@@ -82,22 +86,42 @@ def meanings(cls: type[Settings]) -> dict[str, str]:
     return found
 
 
-def settings_page(modules: list[str]) -> str:
+def experiment_tables(root: Path) -> Iterator[str]:
+    """Make a table of each experiment's parameters from the cell that holds them, with its comments."""
+    for path in sorted((root / "nbs/experiments").glob("*.ipynb")):
+        cells = json.loads(path.read_text("utf8"))["cells"]
+        told = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
+        source = "\n".join("".join(cell["source"]) for cell in told)
+        rows = re.findall(r"^(\w+) = (.+?)  # type: (\S+) ?(.*)$", source, re.M)
+        table = ["| name | type | default | meaning |", "|---|---|---|---|"]
+        for name, default, kind, meaning in rows:
+            table += [f"| `{name}` | `{in_cell(kind)}` | `{in_cell(default)}` | {in_cell(meaning)} |"]
+        link = f"{{doc}}`{path.stem} </book/experiments/{path.stem}>`"
+        yield "\n".join([f"\n### {path.stem}\n", f"The experiment {link}.\n", *table])
+
+
+def in_cell(text: str) -> str:
+    """Keep bars and braces of a text from ending a cell of a table or beginning markup."""
+    return text.replace("|", "\\|").replace("``", "`")
+
+
+def settings_page(root: Path, modules: list[str]) -> str:
     """Make a table of each settings class: name, type, default, meaning."""
     text = ["# Settings\n\nMade from the code: every value that a run, a plan or a call can be told."]
+    text += ["Names that are not here are refused.\n\n## Parameters of the experiments\n"]
+    text += ["`mmsr run NAME -p NAME=VALUE`, and the sections of a plan.", *experiment_tables(root)]
+    text += ["\n## Settings in the code\n\nWhat `settings` of `train` may change, and arguments."]
     for name in modules:
-        module = importlib.import_module(name)
-        for cls in vars(module).values():
+        for cls in vars(importlib.import_module(name)).values():
             mine = isinstance(cls, type) and issubclass(cls, Settings) and cls.__module__ == name
-            if not mine or not cls.model_fields or cls.__name__.startswith("_"):
+            means = meanings(cls) if mine and not cls.__subclasses__() else {}
+            if not means:  # a record, not something to be told
                 continue
-            means = meanings(cls)
-            text += [f"\n## {cls.__name__}\n", cls.__doc__.split("\n\n")[0].strip(), ""]
+            text += [f"\n### {cls.__name__}\n", cls.__doc__.split("\n\n")[0].strip(), ""]
             text += [f"{{py:class}}`{name}.{cls.__name__}`", ""]
             text += ["| name | type | default | meaning |", "|---|---|---|---|"]
             for key, field in cls.model_fields.items():
-                kind = plain_type(field.annotation).replace("|", "\\|")
-                meaning = means.get(key, "").replace("|", "\\|").replace("``", "`")
+                kind, meaning = in_cell(plain_type(field.annotation)), in_cell(means[key])
                 text += [f"| `{key}` | `{kind}` | {default_of(field)} | {meaning} |"]
     return "\n".join(text) + "\n"
 

@@ -10,11 +10,11 @@ document.addEventListener("DOMContentLoaded", async () => {
   const viewers = [];
   for (const [name, label] of volumes) {
     const figure = document.createElement("figure");
-    figure.innerHTML = `<canvas tabindex="0" aria-label="${label}: drag to move the crosshair or turn"></canvas><figcaption>${label}</figcaption>`;
+    figure.innerHTML = `<div class="view"><canvas tabindex="0" aria-label="${label}: drag to move the crosshair or turn"></canvas></div><figcaption>${label}</figcaption>`;
     place.querySelector(".views").append(figure);
     const viewer = new niivue.Niivue({
       backColor: [0, 0, 0, 1], isRadiologicalConvention: true, isNearestInterpolation: true,
-      show3Dcrosshair: true, isColorbar: false, loadingText: "",
+      show3Dcrosshair: true, crosshairWidth: 0.15, crosshairWidthUnit: "mm", isColorbar: false, loadingText: "",
     });
     await viewer.attachToCanvas(figure.querySelector("canvas"));
     const bytes = Uint8Array.from(atob(window.mmsrCrop[name]), (c) => c.charCodeAt(0));
