@@ -39,7 +39,7 @@ RENAMED = {
     "SECURITY.md": "security.md",
 }
 LINK = re.compile(r"```.*?```|`[^`\n]*`|(?<=\]\()([^)\s]+)", re.DOTALL)
-FOLDED_FROM = 16  # lines of a lesson that has a result: longer ones are folded
+FOLDED_FROM = 17  # lines: a lesson as long as that is folded; on pages that report, all code is
 
 
 def place(path: Path) -> Path:
@@ -85,23 +85,26 @@ def put(name: Path, content: bytes) -> None:
         target.write_bytes(content)
 
 
-def summary(directives: list[str], source: str, module: str | None, shown: bool) -> str | None:
-    """Say under which words a cell of code is folded; None where it stays open."""
+def summary(source: str, module: str | None, exported: bool, shown: bool, limit: int) -> str | None:
+    """Say under which words a cell of code is folded; None where it stays open.
+
+    `shown` says that it has a result; one of `limit` lines or more is folded then.
+    """
     try:
         body = ast.parse(re.sub(r"^[%!].*$", "", source, flags=re.M)).body
     except SyntaxError:
         return None
     if all(isinstance(node, ast.Import | ast.ImportFrom) for node in body):
         return "imports"
-    if "export" in directives:
+    if exported:
         defined = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
         names = [node.name for node in body if isinstance(node, defined)]
         public = [name for name in names if not name.startswith("_")] or names
         return f"code of {module}" + (f": {', '.join(public)}" if public else "")
     if not shown:
         checks = re.search(r"^\s*(assert|test_\w+\(|with ExceptionExpected)", source, re.M)
-        return "checks" if checks else None
-    return "code of this result" if source.count("\n") >= FOLDED_FROM else None
+        return "checks" if checks else "code" if limit == 1 else None
+    return "code of this result" if source.count("\n") + 1 >= limit else None
 
 
 def picture_text(source: str, heading: str) -> str:
@@ -110,15 +113,16 @@ def picture_text(source: str, heading: str) -> str:
     return ". ".join([f"Figure of the section “{heading}”", *dict.fromkeys(titles)]).replace("`", "")
 
 
-def shown_cell(cell: dict[str, Any], module: str | None, heading: str) -> bool:
+def shown_cell(cell: dict[str, Any], module: str | None, heading: str, limit: int) -> bool:
     """Prepare a cell of code; say whether a reader needs it."""
     lines = "".join(cell["source"]).splitlines()
     directives = [line[2:].strip() for line in lines if line.startswith("#|")]
     source = "\n".join(line for line in lines if not line.startswith("#|")).strip()
     cell["outputs"] = [o for o in cell["outputs"] if o.get("name") != "stderr"]
     cell["source"], meta = source, cell["metadata"]
-    folded = summary(directives, source, module, bool(cell["outputs"]))
-    if folded:
+    exported, shown = "export" in directives, bool(cell["outputs"])
+    folded = summary(source, module, exported, shown, limit)
+    if folded and "parameters" not in meta.get("tags", []):
         meta["tags"] = [*meta.get("tags", []), "hide-input"]
         meta["mystnb"] = {"code_prompt_show": folded, "code_prompt_hide": folded}
     words = picture_text(source, heading)
@@ -128,7 +132,7 @@ def shown_cell(cell: dict[str, Any], module: str | None, heading: str) -> bool:
         if "text/html" in data:
             html = "".join(data["text/html"])
             data["text/html"] = re.sub("<img (?![^>]*alt=)", f'<img alt="{words}" ', html)
-    plumbing = "hide" in directives or (folded == "imports" and "export" in directives)
+    plumbing = "hide" in directives or (folded == "imports" and exported)
     return bool(source) and not plumbing
 
 
@@ -137,10 +141,11 @@ def convert(path: Path) -> bytes:
     notebook = json.loads(path.read_text(encoding="utf8"))
     exports = re.search(r"#\| ?default_exp ([\w.]+)", json.dumps(notebook["cells"]))
     module = f"mmsr.{exports[1]}" if exports else None
+    limit = FOLDED_FROM if module or path.name == "quickstart.ipynb" else 1
     cells, heading, headed = [], "", False
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
-            if shown_cell(cell, module, heading):
+            if shown_cell(cell, module, heading, limit):
                 cells.append(cell)
             continue
         text = with_links("".join(cell["source"]), path)

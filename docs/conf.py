@@ -5,6 +5,8 @@ from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 ROOT = Path(__file__).parents[1]
 settings = ConfigParser(delimiters=["="])
 settings.read(ROOT / "settings.ini", encoding="utf8")
@@ -73,6 +75,11 @@ def escape_bars(app: Any, what: str, name: str, obj: Any, options: Any, lines: l
     lines[:] = [code_or_bar.sub(lambda found: found[1] or r"\|", line) for line in lines]
 
 
+def plain_signature(app: Any, what: str, name: str, obj: Any, *signature: Any) -> Any:
+    """Leave the fields of settings to their table; they make a signature of thirty lines."""
+    return ("", None) if isinstance(obj, type) and issubclass(obj, BaseModel) else None
+
+
 def add_viewer(app: Any, page: str, template: str, context: dict[str, Any], tree: Any) -> None:
     """Load NiiVue and the crop of a scan on the page that shows it."""
     if page == "results" and (ROOT / "_site/static/niivue.umd.js").exists():
@@ -84,4 +91,5 @@ def setup(app: Any) -> None:
     """Connect the functions."""
     app.connect("autodoc-skip-member", skip_fields)
     app.connect("autodoc-process-docstring", escape_bars, priority=900)  # after numpydoc
+    app.connect("autodoc-process-signature", plain_signature)
     app.connect("html-page-context", add_viewer)

@@ -93,20 +93,24 @@ def experiment_tables(root: Path) -> Iterator[str]:
         told = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
         source = "\n".join("".join(cell["source"]) for cell in told)
         rows = re.findall(r"^(\w+) = (.+?)  # type: (\S+) ?(.*)$", source, re.M)
-        table = ["| name | type | default | meaning |", "|---|---|---|---|"]
+        table = list(HEAD)
         for name, default, kind, meaning in rows:
-            table += [f"| `{name}` | `{in_cell(kind)}` | `{in_cell(default)}` | {in_cell(meaning)} |"]
+            table += [row(name, f"`{default}`", kind, meaning)]
         link = f"{{doc}}`{path.stem} </book/experiments/{path.stem}>`"
         yield "\n".join([f"\n### {path.stem}\n", f"The experiment {link}.\n", *table])
 
 
-def in_cell(text: str) -> str:
-    """Keep bars and braces of a text from ending a cell of a table or beginning markup."""
-    return text.replace("|", "\\|").replace("``", "`")
+HEAD = ["| name | default | meaning |", "|---|---|---|"]
+
+
+def row(name: str, default: str, kind: str, meaning: str) -> str:
+    """Write a line of a table; a bar would end its cell."""
+    cells = (f"`{name}`", default, f"{meaning.rstrip('.').replace('``', '`')} (`{kind}`)")
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def settings_page(root: Path, modules: list[str]) -> str:
-    """Make a table of each settings class: name, type, default, meaning."""
+    """Make a table of each settings class: name, default, meaning, type."""
     text = ["# Settings\n\nMade from the code: every value that a run, a plan or a call can be told."]
     text += ["Names that are not here are refused.\n\n## Parameters of the experiments\n"]
     text += ["`mmsr run NAME -p NAME=VALUE`, and the sections of a plan.", *experiment_tables(root)]
@@ -119,10 +123,9 @@ def settings_page(root: Path, modules: list[str]) -> str:
                 continue
             text += [f"\n### {cls.__name__}\n", cls.__doc__.split("\n\n")[0].strip(), ""]
             text += [f"{{py:class}}`{name}.{cls.__name__}`", ""]
-            text += ["| name | type | default | meaning |", "|---|---|---|---|"]
+            text += HEAD
             for key, field in cls.model_fields.items():
-                kind, meaning = in_cell(plain_type(field.annotation)), in_cell(means[key])
-                text += [f"| `{key}` | `{kind}` | {default_of(field)} | {meaning} |"]
+                text += [row(key, default_of(field), plain_type(field.annotation), means[key])]
     return "\n".join(text) + "\n"
 
 

@@ -14,7 +14,7 @@ document.addEventListener("DOMContentLoaded", async () => {
     place.querySelector(".views").append(figure);
     const viewer = new niivue.Niivue({
       backColor: [0, 0, 0, 1], isRadiologicalConvention: true, isNearestInterpolation: true,
-      show3Dcrosshair: true, crosshairWidth: 0.15, crosshairWidthUnit: "mm", isColorbar: false, loadingText: "",
+      show3Dcrosshair: true, crosshairColor: [1, 0.78, 0, 0.7], crosshairWidth: 0.1, crosshairWidthUnit: "mm", isColorbar: false, loadingText: "",
     });
     await viewer.attachToCanvas(figure.querySelector("canvas"));
     const bytes = Uint8Array.from(atob(window.mmsrCrop[name]), (c) => c.charCodeAt(0));
