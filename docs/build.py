@@ -110,7 +110,9 @@ def summary(source: str, module: str | None, exported: bool, shown: bool, limit:
 def picture_text(source: str, heading: str) -> str:
     """Describe the picture that a cell draws: its titles, and the section that it stands in."""
     titles = re.findall(r"(?:title|suptitle|set_title)(?:=|\()\s*\"([^\"{}]+)\"", source)
-    return ". ".join([f"Figure of the section “{heading}”", *dict.fromkeys(titles)]).replace("`", "")
+    return ". ".join([f"Figure of the section “{heading}”", *dict.fromkeys(titles)]).replace(
+        "`", ""
+    )
 
 
 def shown_cell(cell: dict[str, Any], module: str | None, heading: str, limit: int) -> bool:

@@ -35,7 +35,9 @@ def picture(name: str, hu: np.ndarray, side: int, frame: tuple[int, ...] | None 
     if frame:
         grey = grey.convert("RGB")
         ImageDraw.Draw(grey).rectangle(frame, outline=(255, 200, 0), width=2)
-    grey.resize((side, side), Image.Resampling.NEAREST).save(DOCS / f"images/{name}.webp", quality=80)
+    grey.resize((side, side), Image.Resampling.NEAREST).save(
+        DOCS / f"images/{name}.webp", quality=80
+    )
 
 
 def main() -> None:

@@ -111,7 +111,9 @@ def row(name: str, default: str, kind: str, meaning: str) -> str:
 
 def settings_page(root: Path, modules: list[str]) -> str:
     """Make a table of each settings class: name, default, meaning, type."""
-    text = ["# Settings\n\nMade from the code: every value that a run, a plan or a call can be told."]
+    text = [
+        "# Settings\n\nMade from the code: every value that a run, a plan or a call can be told."
+    ]
     text += ["Names that are not here are refused.\n\n## Parameters of the experiments\n"]
     text += ["`mmsr run NAME -p NAME=VALUE`, and the sections of a plan.", *experiment_tables(root)]
     text += ["\n## Settings in the code\n\nWhat `settings` of `train` may change, and arguments."]
@@ -132,7 +134,11 @@ def settings_page(root: Path, modules: list[str]) -> str:
 def command_line_page() -> str:
     """Write what `--help` of each command says."""
     group: Any = typer.main.get_command(app)
-    text = ["# Command line\n", group.help, "\nMade from the code: what `mmsr COMMAND --help` says.\n"]
+    text = [
+        "# Command line\n",
+        group.help,
+        "\nMade from the code: what `mmsr COMMAND --help` says.\n",
+    ]
     for name, command in group.commands.items():
         usage = command.get_usage(command.context_class(command, info_name=f"mmsr {name}"))
         text += [f"## mmsr {name}\n", f"```text\n{usage.removeprefix('Usage: ')}\n```\n"]
@@ -142,7 +148,9 @@ def command_line_page() -> str:
             text += ["| | meaning | default |", "|---|---|---|"]
         for one in rows:
             default = "" if one.default in (None, False, (), []) else f"`{one.default}`"
-            text += [f"| `{', '.join(one.opts)}` | {one.help} | {'required' if one.required else default} |"]
+            text += [
+                f"| `{', '.join(one.opts)}` | {one.help} | {'required' if one.required else default} |"
+            ]
         text += [""]
     return "\n".join(text)
 
