@@ -1,7 +1,7 @@
-"""Build the site: pages and notebooks become a source folder for Sphinx, which makes _site/html of it.
+"""Build the site: pages and notebooks become a source folder, of which Sphinx makes _site/html.
 
-`make docs` calls it. Notebooks are shown as they are committed and are not run. What no reader needs
-(directives, imports, hidden cells) is left out; exported code and checks are folded.
+`make docs` calls it. Notebooks are shown as they are committed and are not run. What no reader
+needs (directives, hidden cells, exported imports) is left out; exported code and checks are folded.
 """
 
 import ast
@@ -110,9 +110,8 @@ def summary(source: str, module: str | None, exported: bool, shown: bool, limit:
 def picture_text(source: str, heading: str) -> str:
     """Describe the picture that a cell draws: its titles, and the section that it stands in."""
     titles = re.findall(r"(?:title|suptitle|set_title)(?:=|\()\s*\"([^\"{}]+)\"", source)
-    return ". ".join([f"Figure of the section “{heading}”", *dict.fromkeys(titles)]).replace(
-        "`", ""
-    )
+    words = ". ".join([f"Figure of the section “{heading}”", *dict.fromkeys(titles)])
+    return words.replace("`", "")
 
 
 def shown_cell(cell: dict[str, Any], module: str | None, heading: str, limit: int) -> bool:

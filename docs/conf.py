@@ -65,12 +65,9 @@ html_theme_options = {
 
 
 def skip_fields(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool:
-    """Leave out pydantic's own, and fields of named tuples, of which Python says their number alone."""
-    return (
-        skip
-        or name == "model_config"
-        or (getattr(obj, "__doc__", None) or "").startswith("Alias for field number")
-    )
+    """Leave out pydantic's own, and fields of named tuples, which Python merely counts."""
+    counted = (getattr(obj, "__doc__", None) or "").startswith("Alias for field number")
+    return skip or counted or name == "model_config"
 
 
 def escape_bars(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:

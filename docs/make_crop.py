@@ -1,4 +1,4 @@
-"""Make the real scan of the site: a cube of 24 mm of an NLST chest CT, and what the package makes of it.
+"""Make the real scan of the site: a cube of 24 mm of an NLST chest CT, and its super-resolution.
 
 `MMSR_REAL_DATA=FOLDER python docs/make_crop.py`; FOLDER holds `nlst_chest_dicom` (data/README.md).
 Writes docs/crop/*.nii.gz and docs/images/nlst_*.webp; five minutes on one core. National Lung
@@ -35,9 +35,8 @@ def picture(name: str, hu: np.ndarray, side: int, frame: tuple[int, ...] | None 
     if frame:
         grey = grey.convert("RGB")
         ImageDraw.Draw(grey).rectangle(frame, outline=(255, 200, 0), width=2)
-    grey.resize((side, side), Image.Resampling.NEAREST).save(
-        DOCS / f"images/{name}.webp", quality=80
-    )
+    shown = grey.resize((side, side), Image.Resampling.NEAREST)
+    shown.save(DOCS / f"images/{name}.webp", quality=80)
 
 
 def main() -> None:

@@ -87,7 +87,7 @@ def meanings(cls: type[Settings]) -> dict[str, str]:
 
 
 def experiment_tables(root: Path) -> Iterator[str]:
-    """Make a table of each experiment's parameters from the cell that holds them, with its comments."""
+    """Make a table of each experiment's parameters from the cell that holds them."""
     for path in sorted((root / "nbs/experiments").glob("*.ipynb")):
         cells = json.loads(path.read_text("utf8"))["cells"]
         told = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
@@ -111,9 +111,7 @@ def row(name: str, default: str, kind: str, meaning: str) -> str:
 
 def settings_page(root: Path, modules: list[str]) -> str:
     """Make a table of each settings class: name, default, meaning, type."""
-    text = [
-        "# Settings\n\nMade from the code: every value that a run, a plan or a call can be told."
-    ]
+    text = ["# Settings\n\nMade from the code: what a run, a plan or a call can be told."]
     text += ["Names that are not here are refused.\n\n## Parameters of the experiments\n"]
     text += ["`mmsr run NAME -p NAME=VALUE`, and the sections of a plan.", *experiment_tables(root)]
     text += ["\n## Settings in the code\n\nWhat `settings` of `train` may change, and arguments."]
@@ -134,11 +132,8 @@ def settings_page(root: Path, modules: list[str]) -> str:
 def command_line_page() -> str:
     """Write what `--help` of each command says."""
     group: Any = typer.main.get_command(app)
-    text = [
-        "# Command line\n",
-        group.help,
-        "\nMade from the code: what `mmsr COMMAND --help` says.\n",
-    ]
+    made = "\nMade from the code: what `mmsr COMMAND --help` says.\n"
+    text = ["# Command line\n", group.help, made]
     for name, command in group.commands.items():
         usage = command.get_usage(command.context_class(command, info_name=f"mmsr {name}"))
         text += [f"## mmsr {name}\n", f"```text\n{usage.removeprefix('Usage: ')}\n```\n"]
@@ -148,9 +143,8 @@ def command_line_page() -> str:
             text += ["| | meaning | default |", "|---|---|---|"]
         for one in rows:
             default = "" if one.default in (None, False, (), []) else f"`{one.default}`"
-            text += [
-                f"| `{', '.join(one.opts)}` | {one.help} | {'required' if one.required else default} |"
-            ]
+            default = "required" if one.required else default
+            text += [f"| `{', '.join(one.opts)}` | {one.help} | {default} |"]
         text += [""]
     return "\n".join(text)
 
