@@ -11,7 +11,10 @@ import pytest
 SITE = Path(os.environ.get("MMSR_SITE") or Path(__file__).parents[1] / "_site/html")
 PAGES = sorted(path for path in SITE.rglob("*.html") if "_static" not in path.parts)
 LOADING = {"img": "src", "script": "src", "link": "href", "iframe": "src", "source": "src"}
-pytestmark = pytest.mark.skipif(not PAGES, reason=f"no site in {SITE}: make docs builds it")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PAGES, reason=f"no site in {SITE}: make docs builds it"),
+]
 
 
 class Page(HTMLParser):
@@ -75,4 +78,5 @@ def test_the_site_is_small_and_whole(pages: dict[Path, Page]) -> None:
     for name in ("index", "quickstart", "tour", "results", "evidence", "readings", "search"):
         assert (SITE / f"{name}.html").resolve() in pages
     for notebook in (Path(__file__).parents[1] / "nbs").glob("[1-8]_*/*.ipynb"):
-        assert (SITE / "book" / notebook.parent.name / f"{notebook.stem}.html").is_file()
+        page = SITE / "book" / notebook.parent.name / f"{notebook.stem}.html"
+        assert page.is_file(), f"{page} is missing: make docs builds the site anew"
