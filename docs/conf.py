@@ -48,7 +48,10 @@ html_js_files = ["site.js"]
 html_copy_source = False
 html_show_sourcelink = False
 html_last_updated_fmt = None
-html_context = {"default_mode": "auto"}
+html_context = {
+    "default_mode": "auto",
+    "viewer": (ROOT / "_site/static/niivue.umd.js").exists(),
+}
 html_theme_options = {
     "navbar_persistent": [],
     "repository_url": values["git_url"],
@@ -83,7 +86,7 @@ def plain_signature(app: Any, what: str, name: str, obj: Any, *signature: Any) -
 
 def add_viewer(app: Any, page: str, template: str, context: dict[str, Any], tree: Any) -> None:
     """Load NiiVue and the crop of a scan on the page that shows it."""
-    if page == "results" and (ROOT / "_site/static/niivue.umd.js").exists():
+    if page == "results" and context["viewer"]:
         for script in ("niivue.umd.js", "crop.js", "viewer.js"):
             app.add_js_file(script)
 

@@ -17,6 +17,7 @@ from pydantic_core import PydanticUndefined
 import mmsr
 from mmsr.app.cli import app
 from mmsr.core import Settings
+from mmsr.networks.weights import ModelCard
 
 
 def reference_pages(root: Path) -> Iterator[tuple[str, str]]:
@@ -119,7 +120,7 @@ def settings_page(root: Path, modules: list[str]) -> str:
         for cls in vars(importlib.import_module(name)).values():
             mine = isinstance(cls, type) and issubclass(cls, Settings) and cls.__module__ == name
             means = meanings(cls) if mine and not cls.__subclasses__() else {}
-            if not means:  # a record, not something to be told
+            if not means or cls is ModelCard:  # a record, not something to be told
                 continue
             text += [f"\n### {cls.__name__}\n", cls.__doc__.split("\n\n")[0].strip(), ""]
             text += [f"{{py:class}}`{name}.{cls.__name__}`", ""]
@@ -142,7 +143,7 @@ def command_line_page() -> str:
         if rows:
             text += ["| | meaning | default |", "|---|---|---|"]
         for one in rows:
-            default = "" if one.default in (None, False, (), []) else f"`{one.default}`"
+            default = "" if one.default in (None, False, "", (), []) else f"`{one.default}`"
             default = "required" if one.required else default
             text += [f"| `{', '.join(one.opts)}` | {one.help} | {default} |"]
         text += [""]
