@@ -165,7 +165,11 @@ def bundled_card() -> str:
         "version": card.version,
         "notice": f"**{card.notice}**",
     }
-    text = ["| model card | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+    text = [
+        "| model card | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in rows.items()),
+    ]
     text += ["", "| | these weights | bicubic | the truth itself |", "|---|---|---|---|"]
     for name, title in {
         "corr_clinical": "f(SR) ~ scan in the lung, r",
