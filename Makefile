@@ -3,7 +3,7 @@ PYTHON ?= python3
 CORES  ?= 2
 BIN    := .venv/bin
 
-.PHONY: help setup hooks demo quick test coverage nightly viewers lint lines check bench evidence clean lab
+.PHONY: help setup hooks demo quick test coverage nightly viewers lint lines check bench evidence docs clean lab
 
 help:            ## list the targets
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -71,8 +71,16 @@ evidence: setup  ## numbers and pictures of the page "Does it work?" from the ru
 	  $(BIN)/python workflow/keep_outputs.py runs/$$plan || exit 1; done
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/evidence.ipynb && $(BIN)/nbdev_clean --fname nbs/evidence.ipynb
 
+docs: setup _site/.ready ## the site, in _site/html/index.html: two minutes
+	$(BIN)/python -m pip install --quiet --prefer-binary -c constraints.txt -e '.[dev,docs]'
+	$(BIN)/python docs/build.py
+
+_site/.ready: Makefile
+	-npm install --silent --no-audit --no-fund --prefix _site @niivue/niivue@0.69.0
+	@mkdir -p _site && touch $@
+
 lab: setup       ## open the quickstart in JupyterLab
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/quickstart.ipynb
 
 clean:           ## remove what builds and the demo left; keeps .venv and other runs
-	rm -rf runs/demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage .snakemake
+	rm -rf _site runs/demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage .snakemake

@@ -45,7 +45,8 @@ setup(
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={
-        name: cfg[f"{name}_requirements"].split() for name in ("train", "dev", "bench", "slurm")
+        name: cfg[f"{name}_requirements"].split()
+        for name in ("train", "dev", "bench", "docs", "slurm")
     },
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
