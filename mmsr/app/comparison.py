@@ -164,7 +164,7 @@ class Comparison(Viewer):
     def __init__(self, columns: Columns, side_mm: float, height: int) -> None:
         self.columns, names = columns, columns.names()
         figure = Figure(figsize=(8.4, 2.2), dpi=80)
-        self._axes = figure.add_axes((0.08, 0.22, 0.9, 0.64), ylabel="HU", ylim=(-1150, 350))
+        self._axes = figure.add_axes((0.11, 0.22, 0.87, 0.64), ylabel="HU", ylim=(-1150, 350))
         self._axes.set(xlabel="mm along the line", xlim=(0, 1))
         self._curves = {
             name: self._axes.plot([0], [0], color=colour, lw=width, label=name)[0]

@@ -133,7 +133,7 @@ class Layout(NamedTuple):
 
     def packed(self) -> str:
         """Return the picture in few colours, as a notebook keeps it."""
-        small = self.picture.quantize(64, dither=Image.Dither.NONE)
+        small = self.picture.quantize(200, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
         small.save(png := io.BytesIO(), "png", optimize=True)
         return base64.b64encode(png.getvalue()).decode()
 
