@@ -217,9 +217,11 @@ class Viewer(ipywidgets.VBox):
     def together(self, **values: Any) -> None:
         """Set several controls, and draw once."""
         self._held = True
-        for name, value in values.items():
-            self.controls[name].value = value
-        self._held = False
+        try:
+            for name, value in values.items():
+                self.controls[name].value = value
+        finally:
+            self._held = False
         self.draw()
 
     def draw(self) -> None:
