@@ -196,7 +196,7 @@ class Viewer(ipywidgets.VBox):
         self.panels: list[Panel] = []
         self._layout = Layout(Image.new("RGB", (1, 1)), [])
         self.picture, self.said = ipywidgets.Image(format="png"), ipywidgets.Label()
-        self.picture.layout = {"max_width": "100%", "object_fit": "contain", "align_self": "start"}
+        self.picture.layout = {"max_width": "100%", "align_self": "flex-start"}
         for control in self.controls.values():
             control.observe(lambda change: self.draw(), "value")
         wanted = ["mousemove", "wheel", "click"]
