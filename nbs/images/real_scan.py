@@ -13,7 +13,12 @@ import mmsr
 from mmsr.inference.two_grids import enlarge_bicubic
 
 PLACES = {"large bronchus": (0, 306, 345), "small bronchus": (0, 298, 207)}  # z, y, x of the scan
-MARKS = {1: (0, 232, 58), 2: (0, 164, 152), 3: (0, 218, 178), 4: (1, 104, 88)}  # row, y, x in it
+MARKS = {  # row; place of the number and of what it points at, y and x in the panel
+    1: (0, (252, 22), (226, 52)),
+    2: (0, (222, 92), (166, 140)),
+    3: (0, (236, 222), (212, 168)),
+    4: (1, (78, 68), (112, 100)),
+}
 MEANING = """\
 Not to be believed:  1  the mesh, drawn where the scan shows little but noise;
 2  the ragged inner edge of the bronchial wall;  3  dots at the pitch of the scan's pixels
@@ -32,10 +37,12 @@ columns = {
 }
 title = "patient data (NLST), bundled weights, --lung-only --exact-means"
 figure = mmsr.side_by_side(columns, PLACES, title=title, crop_mm=18, panel_in=3.4)
-for number, (row, y, x) in MARKS.items():
+arrow = {"arrowstyle": "-|>", "color": "#ffd23f", "lw": 2, "shrinkA": 8}
+for number, (row, at, tip) in MARKS.items():
     panel = figure.axes[len(columns) * row + 2]
     style = {"boxstyle": "circle,pad=0.2", "fc": "#ffd23f", "ec": "black"}
-    panel.text(x, y, str(number), fontsize=10, weight="bold", bbox=style, ha="center", va="center")
+    how = {"fontsize": 10, "weight": "bold", "bbox": style, "ha": "center", "va": "center"}
+    panel.annotate(str(number), tip[::-1], at[::-1], arrowprops=arrow, **how)
 figure.supxlabel(MEANING, fontsize=10.5)
 figure.set_size_inches(figure.get_figwidth(), figure.get_figheight() + 0.7)
 target = Path(__file__).with_suffix(".png")
