@@ -6,7 +6,7 @@
 __all__ = ['RESEARCH_ONLY', 'AnyPath', 'DECIDING', 'MMSRError', 'ShapeError', 'RangeError', 'GeometryError', 'FileError',
            'SettingsError', 'ResourceError', 'refusal', 'seeded', 'disk_errors', 'atomic_write', 'write_file',
            'write_json', 'read_json', 'fingerprint', 'Settings', 'environment', 'available_memory', 'process_memory',
-           'progress_bar', 'show_patches', 'add_scale_bar', 'label_sides', 'say_if_black']
+           'progress_bar', 'show_patches', 'scale_length', 'add_scale_bar', 'label_sides', 'say_if_black']
 
 # %% ../nbs/00_core.ipynb #2e70cbc5
 import difflib
@@ -321,12 +321,16 @@ def show_patches(
     return figure
 
 # %% ../nbs/00_core.ipynb #cb584df6
+def scale_length(width_mm: float) -> tuple[float, str]:
+    """Choose a round length, mm, of at most a quarter of a width, and write it with its unit."""
+    power = 10.0 ** np.floor(np.log10(width_mm / 4))
+    length = max(step * power for step in (1.0, 2.0, 5.0) if step * power <= width_mm / 4 * 1.0001)
+    return length, f"{length:g} mm" if length >= 0.1 else f"{length * 1000:g} µm"
+
+
 def add_scale_bar(ax: Any, spacing_mm: float, width_px: int) -> float:
     """Draw a bar over an image of that width; return the length that it stands for, mm."""
-    target = width_px * spacing_mm / 4
-    power = 10.0 ** np.floor(np.log10(target))
-    length = max(step * power for step in (1.0, 2.0, 5.0) if step * power <= target * 1.0001)
-    unit = f"{length:g} mm" if length >= 0.1 else f"{length * 1000:g} µm"
+    length, unit = scale_length(width_px * spacing_mm)
     right, low = 0.96, 0.05
     width, place = length / spacing_mm / width_px, {"transform": ax.transAxes, "color": "white"}
     ax.plot([right - width, right], [low, low], lw=3, solid_capstyle="butt", **place)

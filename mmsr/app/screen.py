@@ -25,7 +25,7 @@ from numpy import ndarray
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from ..core import RESEARCH_ONLY, MMSRError
+from ..core import RESEARCH_ONLY, MMSRError, scale_length
 from ..data.volume import LUNG_WINDOW_HU
 
 # %% ../../nbs/8_app/09_screen.ipynb #82ddb55e
@@ -62,7 +62,7 @@ def _font(size: int) -> Any:
 
 
 def _resized(image: ndarray, size: tuple[int, int]) -> ndarray:
-    """Bring an image to (height, width): squares where it grows, means where it shrinks."""
+    """Bring an image to (height, width): squares where it grows, else means of two pixels a side at most."""
     step = [max(n // (2 * new), 1) for n, new in zip(image.shape, size, strict=True)]
     values = Image.fromarray(np.ascontiguousarray(image[:: step[0], :: step[1]], np.float32))
     grows = size[0] >= values.height
@@ -102,11 +102,9 @@ def paint(panel: Panel, size: tuple[int, int]) -> Image.Image:
 
 def _bar(draw: ImageDraw.ImageDraw, width_mm: float, width: int, height: int) -> None:
     """Draw a bar of a round length, about a quarter of the width."""
-    power = 10.0 ** np.floor(np.log10(width_mm / 4))
-    mm = max(step * power for step in (1, 2, 5) if step * power <= width_mm / 4 * 1.0001)
+    mm, text = scale_length(width_mm)
     long, right = mm / width_mm * width, width - 8
     draw.rectangle((right - long, height - 9, right, height - 6), _WHITE, 0)
-    text = f"{mm:g} mm" if mm >= 0.1 else f"{mm * 1000:g} µm"
     draw.text((right, height - 11), text, _WHITE, _font(12), "rd", stroke_width=2, stroke_fill=0)
 
 # %% ../../nbs/8_app/09_screen.ipynb #a0b9667c
